@@ -1,0 +1,84 @@
+"""graphwright: a compiler-style graph-rewriting pass over exported PyTorch models.
+
+    import graphwright as gw
+
+    program = gw.optimize(model, args, methods=[gw.Int8()], calibration=batches)
+    y = program(*args)            # called like the model
+    print(program.report())       # what was found, tried, kept, refused, rolled back, and why
+
+Names are imported when they are first used, so `import graphwright` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .capture import Captured, capture, capture_causal_lm, capture_denoiser
+    from .errors import GraphwrightError
+    from .optimize import inspect, optimize, search
+    from .passes.decision import Decision
+    from .phases import Phase
+    from .profiles.budget import Budget
+    from .profiles.int8 import Int8
+    from .profiles.method import Method, methods
+    from .profiles.profile import Profile
+    from .program import Program
+    from .storage import load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Budget": "profiles.budget",
+    "Captured": "capture",
+    "Decision": "passes.decision",
+    "GraphwrightError": "errors",
+    "Int8": "profiles.int8",
+    "Method": "profiles.method",
+    "Phase": "phases",
+    "Profile": "profiles.profile",
+    "Program": "program",
+    "capture": "capture",
+    "capture_causal_lm": "capture",
+    "capture_denoiser": "capture",
+    "inspect": "optimize",
+    "load": "storage",
+    "methods": "profiles.method",
+    "optimize": "optimize",
+    "search": "optimize",
+}
+
+__all__ = [
+    "Budget",
+    "Captured",
+    "Decision",
+    "GraphwrightError",
+    "Int8",
+    "Method",
+    "Phase",
+    "Profile",
+    "Program",
+    "capture",
+    "capture_causal_lm",
+    "capture_denoiser",
+    "inspect",
+    "load",
+    "methods",
+    "optimize",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'graphwright' has no attribute {name!r}")
+    value = getattr(import_module(f".{home}", __name__), name)
+    # Functions share their name with the module that they live in: the function is what the user asked for.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,375 @@
+"""A linear layer in 8-bit integers: static weights per output channel, activations quantized per token when it runs.
+
+    s_x[t]  = max(max_k |x[t, k]| / 127, 2^-126)
+    q[t, k] = round_half_even(x[t, k] / s_x[t])                             int8, symmetric
+    y[t, n] = (sum_k q[t, k] weight[n, k]) scale[n] s_x[t] + bias[n]        int32 sum, float32 epilogue, y in x's dtype
+
+Shapes: x ``[..., K]`` with any number of tokens, also none; weight ``[N, K]``; scale and bias ``[N]``; y ``[..., N]``.
+Dtypes: x and y float32, float16 or bfloat16; weight int8; scale float32; bias any of x's. 1 <= K <= 131072.
+
+Error against the float product: each of the K terms is off by at most half a step of x (amax / 254) times the weight,
+plus half a step of the weight times x. The integers are the same in every kernel (each divides, none multiplies by a
+reciprocal) and their sum is exact, so kernels differ by float32 rounding of the epilogue alone.
+Zeros: a token of zeros gives the bias exactly. A token with a NaN or an infinity gives NaN in all its outputs, since
+no scale can hold it; other tokens are untouched.
+
+Source: symmetric W8A8 with dynamic per-token and static per-channel scales, as in ZeroQuant (Yao et al. 2022,
+arXiv:2206.01861, section 3.1: token-wise activation quantization) and SmoothQuant (Xiao et al. 2023, arXiv:2211.10438,
+equation 1 and table 2, "O1": per-token dynamic).
+"""
+
+# ruff: noqa: ANN001, ANN202 (the arguments of Triton kernels are pointers and scalars that Triton types itself)
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from .contract import FLOATS, Argument, Contract, Size, Spec, missing_kernel, register
+
+HAS_TRITON = find_spec("triton") is not None
+if TYPE_CHECKING or HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    _jit: Callable[..., Any] = triton.jit
+else:  # no wheel for this platform: the reference and the cpu kernel need none, _cuda says so
+
+    def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
+        return function
+
+
+CONTRACT = Contract(
+    "int8_linear",
+    {
+        "x": Argument("... K", FLOATS),
+        "weight": Argument("N K", (torch.int8,)),
+        "scale": Argument("N", (torch.float32,)),
+        "bias": Argument("N", FLOATS, optional=True),
+    },
+    # 127 * 128 * 131072 < 2^31: the int32 sum cannot overflow.
+    sizes={"K": Size(minimum=1, maximum=131072), "N": Size(minimum=1)},
+    capability=(8, 0),
+)
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize a weight ``[N, K]`` of any float dtype to int8 ``[N, K]`` and its float32 scales ``[N]``.
+
+    Symmetric, ``scale = max_k |weight| / 127``, round half to even; a channel of zeros stays zero.
+
+    Raises:
+        InvalidArgument: The weight is no float matrix, or holds a NaN or an infinity.
+    """
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise InvalidArgument(
+            f"got a weight {weight.dtype} of shape {list(weight.shape)}, expected a float matrix [N, K]"
+        )
+    weight = weight.detach().float()
+    if not weight.isfinite().all():
+        channels = (~weight.isfinite()).any(-1).nonzero().flatten().tolist()
+        raise InvalidArgument(
+            f"the weight has NaN or infinity in output channels {channels[:8]}, expected finite values"
+        )
+    scale = _row_scale(weight)
+    return (weight / scale).round_().to(torch.int8), scale.squeeze(-1)
+
+
+def reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The formula in float32 operators; the integer sum is exact for K <= 1040 (127^2 K < 2^24), else rounded."""
+    tokens = x.float()
+    token_scale = _row_scale(tokens)
+    y = F.linear((tokens / token_scale).round(), weight.float()) * scale * token_scale
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+@torch.library.custom_op("graphwright::int8_linear", mutates_args=())
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Int8 linear layer: x ``[..., K]``, weight int8 ``[N, K]``, scale float32 ``[N]``, bias ``[N]`` to ``[..., N]``.
+
+    Raises:
+        InvalidArgument: A dtype or shape that ``CONTRACT`` does not hold.
+        MissingKernel: No kernel for x's device.
+    """
+    raise missing_kernel(CONTRACT.operator, x.device)
+
+
+@int8_linear.register_fake
+def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    CONTRACT.require(x=x, weight=weight, scale=scale, bias=bias, proved=False)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@int8_linear.register_kernel("cpu")
+def _cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Integer GEMM between a few elementwise passes, over blocks of tokens whose temporaries stay in the cache.
+
+    One thread of a Zen 4 core, F.linear fp32 / bf16 / this, microseconds: 512 tokens 576 -> 1536 9120 / 4620 / 2490;
+    2048^3 171500 / 77300 / 48500; one token 576 -> 1536 70 / 108 / 36. Without blocks, 4096 tokens took 45 ms, not 22;
+    with blocks of 128, 2048^3 took 54 ms, since oneDNN packs the weight anew for each.
+    """
+    _require(x, weight, scale, bias)
+    tokens = x.reshape(-1, x.shape[-1])
+    if bias is not None:
+        bias = bias.float()
+    if len(tokens) <= _BLOCK:
+        return _cpu_block(tokens, weight, scale, bias).view(*x.shape[:-1], len(weight))
+    y = x.new_empty(len(tokens), len(weight))
+    for out, block in zip(y.split(_BLOCK), tokens.split(_BLOCK), strict=True):
+        out.copy_(_cpu_block(block, weight, scale, bias))
+    return y.view(*x.shape[:-1], len(weight))
+
+
+@int8_linear.register_kernel("cuda")
+def _cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not HAS_TRITON:
+        raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
+    _require(x, weight, scale, bias)
+    shared_memory, reason = _cuda_facts(x.device)
+    if reason is not None:
+        raise missing_kernel(CONTRACT.operator, x.device, reason)
+    with torch.cuda.device(x.device):
+        return launch(x, weight, scale, bias, shared_memory=shared_memory)
+
+
+def _row_scale(rows: Tensor) -> Tensor:
+    """The step ``[..., 1]`` of each row; at least the least normal float, so that rows of zeros divide by no zero."""
+    return rows.abs().amax(-1, keepdim=True).div(127).clamp_min(_TINY)
+
+
+def _require(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    rest = (None, None) if bias is None else (bias.shape, bias.dtype)
+    _require_specs(x.shape, x.dtype, weight.shape, weight.dtype, scale.shape, scale.dtype, *rest)
+
+
+@lru_cache(maxsize=1024)  # a decode step is as short as 20 us, the check 10 us
+def _require_specs(*facts: Any) -> None:
+    pairs = zip(CONTRACT.arguments, facts[::2], facts[1::2], strict=True)
+    CONTRACT.require(**{name: None if dtype is None else Spec(shape, dtype) for name, shape, dtype in pairs})
+
+
+_BLOCK = 512
+
+
+def _cpu_block(tokens: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    tokens32 = tokens.float().contiguous()
+    scratch = tokens32.abs()
+    nan = float("nan")
+    token_scale = scratch.amax(-1, True).div_(127).clamp_min_(_TINY).nan_to_num_(nan, nan)  # infinity gives NaN too
+    quantized = torch.div(tokens32, token_scale, out=scratch).round_().char()
+    total = _integer_matmul(quantized, weight)
+    # The conversion to float32 happens in the sum's own memory: fresh pages cost more than the arithmetic.
+    y = total.view(torch.float32).copy_(total).mul_(scale)
+    y = y.mul_(token_scale) if bias is None else torch.addcmul(bias, y, token_scale, out=y)
+    return y.to(tokens.dtype)
+
+
+def _integer_matmul(quantized: Tensor, weight: Tensor) -> Tensor:
+    """The exact int32 product ``[T, K] x [N, K]``, for finite rows of ``quantized`` within [-127, 127]."""
+    if _int_mm_is_exact():
+        return torch._int_mm(quantized, weight.t())
+    # 127 * 128 * 1024 < 2^24: float32 sums of this many terms are exact, whatever the order.
+    blocks = zip(quantized.split(1024, -1), weight.split(1024, -1), strict=True)
+    total = torch.zeros(len(quantized), len(weight), dtype=torch.int32)
+    for rows, columns in blocks:
+        total += F.linear(rows.float(), columns.float()).int()
+    return total
+
+
+@cache
+def _int_mm_is_exact() -> bool:
+    """Whether this processor multiplies int8 without saturation.
+
+    Without VNNI (before Ice Lake and Zen 4), oneDNN sums pairs of products in int16, and 127 * 127 * 64 comes out as
+    8160. Measured once, since what oneDNN picks depends on the processor, its own build and ONEDNN_MAX_CPU_ISA.
+    """
+    worst = torch.tensor([127, -127, -128], dtype=torch.int8)[:, None].expand(3, 64)
+    for rows in (worst, worst.repeat(6, 1), worst[:1]):
+        if not torch.equal(
+            torch._int_mm(rows.contiguous(), worst.contiguous().t()).long(), rows.long() @ worst.long().t()
+        ):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of one launch. ``fused`` quantizes the tokens inside the GEMM: one launch, for a few tokens."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    fused: bool = False
+
+
+def choose_config(m: int, n: int, k: int, shared_memory: int = 101376) -> Config:
+    """Tiles for ``m`` tokens, ``n`` outputs, ``k`` inputs, on a device with that many bytes of shared memory a block.
+
+    The default is the least among the devices of capability 8.0 and above (99 KiB, sm_86 and sm_89).
+    """
+    aligned = k % 16 == 0  # else every byte is loaded by itself, and larger tiles spill registers
+    if m <= 16:
+        return Config(16, 16, 256 if aligned else 128, 4, 4, fused=True)
+    if not aligned:
+        return Config(64, 64, 64, 4, 3)
+    if m <= 64:
+        return Config(64, 32, 128, 4, 4)
+    if m * n <= 1 << 20:
+        return Config(64, 64, 128, 4, 4)
+    if m * n <= 1 << 22 or shared_memory < 150_000:
+        return Config(128, 128, 128, 8, 3)
+    return Config(128, 256, 128, 8, 3)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    config: Config | None = None,
+    shared_memory: int = 101376,
+) -> Tensor:
+    """Run the Triton kernels, unchecked, on x's device (the CPU under TRITON_INTERPRET=1)."""
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    weight, scale = weight.contiguous(), scale.contiguous()
+    (m, k), n = tokens.shape, len(weight)
+    y = x.new_empty(m, n)
+    if m == 0:
+        return y.view(*x.shape[:-1], n)
+    config = config or choose_config(m, n, k, shared_memory)
+    tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    epilogue = (scale, scale if bias is None else bias.contiguous(), y, m, n, k, bias is not None)
+    if config.fused:
+        _fused_kernel[grid](tokens, weight, *epilogue, **tiles, **options)
+        return y.view(*x.shape[:-1], n)
+    quantized = torch.empty_like(tokens, dtype=torch.int8)
+    token_scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(k), 4096)
+    _quantize_kernel[(m,)](tokens, quantized, token_scale, k, BLOCK_K=block, ONE_BLOCK=k <= block, num_warps=4)
+    _gemm_kernel[grid](quantized, token_scale, weight, *epilogue, **tiles, EVEN_K=k % config.block_k == 0, **options)
+    return y.view(*x.shape[:-1], n)
+
+
+@cache
+def _cuda_facts(device: torch.device) -> tuple[int, str | None]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin, CONTRACT.check_device(device)
+
+
+@_jit
+def _step(amax, poison):
+    """The quantization step of rows, or NaN where ``poison`` (the sum of v - v) says that one holds NaN or infinity."""
+    return tl.maximum(tl.div_rn(amax, 127.0), 1.1754943508222875e-38) + poison
+
+
+@_jit
+def _round(v, step):
+    # Adding and subtracting 1.5 * 2^23 rounds half to even, like torch.round, also in the interpreter (no libdevice).
+    return ((tl.div_rn(v, step) + 12582912.0) - 12582912.0).to(tl.int8)
+
+
+@_jit
+def _epilogue(total, step, scale, bias, y, rows, columns, M, N, HAS_BIAS: tl.constexpr):
+    result = total.to(tl.float32) * tl.load(scale + columns, mask=columns < N, other=0.0)[None, :] * step[:, None]
+    if HAS_BIAS:
+        result += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    pointers = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(pointers, result.to(y.dtype.element_ty), mask=mask)
+
+
+@_jit
+def _quantize_kernel(x, quantized, token_scale, K, BLOCK_K: tl.constexpr, ONE_BLOCK: tl.constexpr):
+    """One program a token: its step, then its integers; ``ONE_BLOCK`` keeps the token in registers in between."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_K)
+    if ONE_BLOCK:
+        v = tl.load(x + row * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+        step = _step(tl.max(tl.abs(v), 0), tl.sum(v - v, 0))
+        tl.store(quantized + row * K + columns, _round(v, step), mask=columns < K)
+    else:
+        amax = tl.zeros([BLOCK_K], tl.float32)
+        poison = tl.zeros([BLOCK_K], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            v = tl.load(x + row * K + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
+            amax = tl.maximum(amax, tl.abs(v))
+            poison += v - v
+        step = _step(tl.max(amax, 0), tl.sum(poison, 0))
+        for start in range(0, K, BLOCK_K):
+            v = tl.load(x + row * K + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
+            tl.store(quantized + row * K + start + columns, _round(v, step), mask=start + columns < K)
+    tl.store(token_scale + row, step)
+
+
+@_jit
+def _gemm_kernel(
+    quantized, token_scale, weight, scale, bias, y, M, N, K,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of y a program; 8 tiles of tokens share each tile of weights while it is in the L2 cache."""
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    group = 8 * tl.cdiv(N, BLOCK_N)
+    first = program // group * 8
+    height = min(tiles_m - first, 8)
+    rows = (first + program % group % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = program % group // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    # Rows and columns past the end wrap around: no mask in the loop, and the epilogue does not store them.
+    left = quantized + (rows % M).to(tl.int64)[:, None] * K + ks[None, :]
+    right = weight + (columns % N).to(tl.int64)[None, :] * K + ks[:, None]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            total = tl.dot(tl.load(left), tl.load(right), total, out_dtype=tl.int32)
+        else:
+            a = tl.load(left, mask=(ks < K - start)[None, :], other=0)
+            total = tl.dot(a, tl.load(right, mask=(ks < K - start)[:, None], other=0), total, out_dtype=tl.int32)
+        left += BLOCK_K
+        right += BLOCK_K
+    step = tl.load(token_scale + rows % M)
+    _epilogue(total, step, scale, bias, y, rows, columns, M, N, HAS_BIAS)
+
+
+@_jit
+def _fused_kernel(
+    x, weight, scale, bias, y, M, N, K,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One tile of y a program, which reads its tokens twice: for the step, then to quantize and multiply."""
+    program = tl.program_id(0)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    rows = program // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = program % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    tokens = x + (rows % M).to(tl.int64)[:, None] * K + ks[None, :]
+    right = weight + (columns % N).to(tl.int64)[None, :] * K + ks[:, None]
+    amax = tl.zeros([BLOCK_M], tl.float32)
+    poison = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        v = tl.load(tokens + start, mask=(ks < K - start)[None, :], other=0.0).to(tl.float32)
+        amax = tl.maximum(amax, tl.max(tl.abs(v), 1))
+        poison += tl.sum(v - v, 1)
+    step = _step(amax, poison)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    for start in range(0, K, BLOCK_K):
+        v = tl.load(tokens + start, mask=(ks < K - start)[None, :], other=0.0).to(tl.float32)
+        b = tl.load(right + start, mask=(ks < K - start)[:, None], other=0)
+        total = tl.dot(_round(v, step[:, None]), b, total, out_dtype=tl.int32)
+    _epilogue(total, step, scale, bias, y, rows, columns, M, N, HAS_BIAS)
+
+
+register(torch.ops.graphwright.int8_linear.default, reference, CONTRACT)

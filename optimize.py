@@ -1,0 +1,402 @@
+"""The one call: capture, canonicalize, match, decide, rewrite.
+
+The data's way reads from top to bottom in `optimize`; each step is a function of this file or of the folder that answers
+its question.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from .capture import Captured, capture
+from .errors import InvalidArgument, InvalidType, VerificationError
+from .passes.assume_empty_cache import AssumeEmptyCache
+from .passes.canonicalize import canonicalize
+from .passes.decision import Decision
+from .passes.dialects import TOLERANCE, largest_difference, run_functional
+from .passes.edit import copy_exported
+from .passes.fix_sizes import FixSizes
+from .passes.manager import PassManager, PassRecord
+from .passes.merge_duplicates import MergeDuplicates
+from .passes.rewrite import apply_decisions
+from .patterns.find import Sites, find_sites
+from .patterns.graph import GraphView
+from .phases import Phase, PhasePlan
+from .profiles.budget import Budget, FrontierPoint, fewest_rollbacks, gains, places_by_harm
+from .profiles.calibration import calibration_inputs
+from .profiles.measure import measure_sites, output_errors, relative_error
+from .profiles.method import Context, Method, method_named
+from .profiles.profile import Profile, data_hash, fingerprint, hardware, versions
+from .program import History, Program
+from .progress import Progress
+from .report import graph_text
+from .torch_private import pytree
+
+TARGETS = ("eager",)
+Keep = Literal["faster", "smaller"]
+
+
+def optimize(
+    model: nn.Module | ExportedProgram | str | Path | Captured,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    methods: Sequence[Method | str] = (),
+    profile: Profile | str | Path | None = None,
+    calibration: Iterable[Any] | None = None,
+    budget: Budget | None = None,
+    target: str = "eager",
+    mesh: Any = None,
+    keep: Keep = "faster",
+    progress: bool = True,
+) -> Program:
+    """Rewrite a model as methods or a profile decide, within a quality budget.
+
+    Args:
+        model: A module, an exported program, a path to `.pt2`, or what a `capture_*` function returned.
+        args: Example positional inputs of a module.
+        kwargs: Example keyword inputs of a module.
+        dynamic_shapes: As in `torch.export.export`.
+        methods: Methods or their names, in order. With neither methods nor profile the result is the canonical program.
+        profile: Decisions to replay instead of searching.
+        calibration: `(args, kwargs)` items, or token tensors for language models; the example inputs by default.
+        budget: How much quality may be lost; without one every variant that is not slower is kept.
+        target: What to lower to; "eager".
+        mesh: Not supported yet; must be None.
+        keep: "faster" drops variants measured slower than what they replace, "smaller" keeps them for their memory.
+        progress: Show progress on a terminal.
+
+    Returns:
+        The program, called like the model.
+
+    Raises:
+        GraphwrightError: One of its subclasses; see `errors.py`.
+
+    Example:
+        >>> program = gw.optimize(gw.capture_causal_lm(model, 512), methods=[gw.Int8()], calibration=texts)
+        >>> print(program.report())
+    """
+    _check_arguments(methods, profile, budget, target, mesh, keep)
+    chosen = [method_named(method) if isinstance(method, str) else method for method in methods]
+    with Progress(progress) as bar:
+        with bar.stage("capture"):
+            captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        with bar.stage("canonicalize"):
+            prepared = prepare(captured)
+        found = fingerprint(prepared.exported)
+        if profile is not None:
+            with bar.stage("replay"):
+                return _replay(prepared, profile if isinstance(profile, Profile) else Profile.load(profile), found)
+        inputs = calibration_inputs(prepared.exported, captured.kind, captured.facts, calibration)
+        context = Context(prepared.exported, prepared.sites, inputs, captured.facts)
+        decisions = [decision for method in chosen for decision in method.decide(context)]
+        _refuse_conflicts(decisions)
+        result = Profile(
+            fingerprint=found,
+            methods=[{"name": method.name, "options": method.model_dump(mode="json")} for method in chosen],
+            decisions=decisions,
+            versions=versions(),
+            hardware=hardware(),
+            data=data_hash(flat for items in inputs.values() for flat in items),
+        )
+        if chosen:
+            with bar.stage("measure"):
+                _measure(prepared, decisions, inputs, keep)
+            if budget is not None:
+                _hold_budget(prepared, result, inputs, budget, bar)
+        with bar.stage("rewrite"):
+            return _build(prepared, result)
+
+
+@dataclass
+class Prepared:
+    """Canonical phases with their sites, before anything lossy.
+
+    Attributes:
+        captured: Where they came from.
+        phases: In the order in which their conditions are tried.
+        sites: Phase -> sites.
+        records: What the exact passes did.
+        shared: Tensors that rewrites make once for all phases.
+    """
+
+    captured: Captured
+    phases: list[Phase]
+    sites: dict[str, Sites]
+    records: list[PassRecord]
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exported(self) -> dict[str, ExportedProgram]:
+        """Phase -> canonical program."""
+        return {phase.name: phase.exported for phase in self.phases}
+
+
+def prepare(captured: Captured) -> Prepared:
+    """Canonicalize a captured program and specialise it into its phases.
+
+    Args:
+        captured: What capture returned; it is not changed.
+
+    Returns:
+        The phases, which share all tensors.
+
+    Raises:
+        VerificationError: A pass broke an invariant.
+    """
+    started = time.perf_counter()
+    base = copy_exported(captured.exported)
+    shared: dict[str, Tensor] = {}
+    records = canonicalize(base, "captured", shared)
+    phases = [Phase(plan, _specialise(base, plan, shared, records)) for plan in captured.plans]
+    sites = {phase.name: find_sites(GraphView(phase.exported), phase.name) for phase in phases}
+    prepared = Prepared(captured, phases, sites, records, shared)
+    prepared.measured["prepare_seconds"] = time.perf_counter() - started
+    return prepared
+
+
+def _specialise(
+    base: ExportedProgram, plan: PhasePlan, shared: dict[str, Tensor], records: list[PassRecord]
+) -> ExportedProgram:
+    exported = copy_exported(base)
+    if plan.sizes:
+        records += PassManager([FixSizes(sizes=plan.sizes)]).run(exported, plan.name, shared)
+        _check_same(base, exported, plan.name)
+        records += canonicalize(exported, plan.name, shared)
+    if plan.start_input is not None:
+        passes = [AssumeEmptyCache(start_input=plan.start_input), MergeDuplicates()]
+        records += PassManager(passes).run(exported, plan.name, shared)
+    return exported
+
+
+def _check_same(base: ExportedProgram, fixed: ExportedProgram, phase: str) -> None:
+    """Fixed sizes must compute what the dynamic program computes at those sizes."""
+    if fixed.example_inputs is None:
+        return
+    flat = pytree.tree_leaves(fixed.example_inputs)
+    difference = largest_difference(run_functional(base, flat), run_functional(fixed, flat))
+    if not difference <= max(TOLERANCE.values()):
+        raise VerificationError(f"{phase}: fixing the sizes changed the outputs by {difference:.2g}")
+
+
+def _measure(prepared: Prepared, decisions: list[Decision], inputs: Mapping[str, list[list[Any]]], keep: Keep) -> None:
+    """Error and time of every proposal at its own site; what is slower is refused."""
+    started = time.perf_counter()
+    for phase in prepared.phases:
+        proposals = [d for d in decisions if d.phase == phase.name and d.status == "proposed"]
+        flat = inputs.get(phase.name, [])
+        if not proposals or not flat:
+            continue
+        measured, failed = measure_sites(phase.exported, phase.name, proposals, flat[:1], prepared.shared)
+        for decision in proposals:
+            measure = measured.get(decision.site)
+            if measure is None:
+                decision.status, decision.reason = "failed", failed.get(decision.site, "could not be measured")
+                continue
+            decision.local_error, decision.measured_gain = measure.error, measure.gain
+    if keep == "faster":
+        _refuse_slower(decisions)
+    prepared.measured["measure_seconds"] = time.perf_counter() - started
+
+
+def _refuse_slower(decisions: list[Decision]) -> None:
+    for decision in decisions:
+        gain = decision.measured_gain
+        if decision.status == "proposed" and gain is not None and gain < 1.0:
+            decision.status = "refused"
+            decision.reason = f"measured slower than what it replaces ({gain:.2f}x); keep='smaller' keeps it"
+
+
+def _hold_budget(
+    prepared: Prepared, profile: Profile, inputs: Mapping[str, list[list[Any]]], budget: Budget, bar: Progress
+) -> None:
+    """Roll back places until the whole program holds the budget."""
+    decisions = profile.decisions
+    proposed = [d for d in decisions if d.status == "proposed"]
+    if not proposed:
+        return
+    name = _widest_phase(prepared)
+    flat = inputs[name][:1]
+    exported = prepared.exported[name]
+    worst = sorted((d for d in proposed if d.phase == name), key=lambda d: -(d.local_error or 0.0))[: budget.probes]
+    with bar.stage("effect on the output", len(worst)):
+        errors = output_errors(exported, name, worst, flat, prepared.shared, bar.step)
+    for decision in worst:
+        decision.output_error = errors.get(decision.site)
+
+    if budget.evaluate is not None:
+        baseline = float(budget.evaluate(_build(prepared, _empty(profile))))
+        limit = baseline - (budget.max_drop or 0.0)
+    else:
+        baseline, limit = 0.0, -(budget.max_error or 0.0)
+    reference = [run_functional(exported, values) for values in inputs[name]]
+
+    def score(rolled_back: Sequence[str]) -> float:
+        bar.step()
+        trial = profile.model_copy(update={"decisions": _without(decisions, rolled_back)})
+        if budget.evaluate is not None:
+            return float(budget.evaluate(_build(prepared, trial)))
+        copy = copy_exported(exported)
+        apply_decisions(copy, name, trial.decisions, prepared.shared).commit()
+        return -relative_error(exported, reference, [run_functional(copy, values) for values in inputs[name]])
+
+    order = places_by_harm([d for d in proposed if d.phase == name])
+    with bar.stage("hold the budget"):
+        count, seen = fewest_rollbacks(order, score, lambda value: value >= limit)
+    for decision in proposed:
+        if decision.place in order[:count]:
+            decision.status = "rolled_back"
+            decision.reason = "the program does not hold the budget with it"
+    profile.measured["budget"] = {"baseline": baseline, "limit": limit, "rolled_back": count}
+    profile.measured["frontier"] = [
+        FrontierPoint(
+            rolled_back=number,
+            kept=len(order) - number,
+            score=value,
+            gain=gains(proposed, order[:number]) if number else gains(decisions),
+            holds=ok,
+        ).model_dump()
+        for number, value, ok in sorted(seen)
+    ]
+
+
+def _widest_phase(prepared: Prepared) -> str:
+    """The phase that computes most at once: prefill of a language model, the only phase of others."""
+    names = [phase.name for phase in prepared.phases]
+    return "prefill" if "prefill" in names else names[-1]
+
+
+def _without(decisions: Sequence[Decision], places: Sequence[str]) -> list[Decision]:
+    dropped = set(places)
+    return [d for d in decisions if d.place not in dropped]
+
+
+def _empty(profile: Profile) -> Profile:
+    return profile.model_copy(update={"decisions": []})
+
+
+def _build(prepared: Prepared, profile: Profile) -> Program:
+    """Apply a profile's decisions to copies of the canonical phases."""
+    phases, before = [], {}
+    status: dict[str, tuple[str, str]] = {}
+    for phase in prepared.phases:
+        exported = copy_exported(phase.exported)
+        before[phase.name] = graph_text(exported)
+        rewriting = apply_decisions(exported, phase.name, profile.decisions, prepared.shared)
+        rewriting.commit()
+        status |= {site: ("kept", "") for site in rewriting.changes}
+        status |= {site: ("failed", reason) for site, reason in rewriting.failed.items()}
+        phases.append(Phase(phase.plan, exported))
+    decisions = [
+        decision.model_copy(update=dict(zip(("status", "reason"), status[decision.site], strict=True)))
+        if decision.status in ("proposed", "kept") and decision.site in status
+        else decision
+        for decision in profile.decisions
+    ]
+    captured = prepared.captured
+    history = History(prepared.records, _refusals(prepared), before, dict(prepared.measured))
+    final = profile.model_copy(update={"decisions": decisions})
+    return Program(phases, captured.inputs, captured.kind, captured.facts, final, history)
+
+
+def _refusals(prepared: Prepared) -> dict[str, dict[str, list[str]]]:
+    return {
+        phase: {
+            family: [f"{r.module_path or r.node}: {r}" for r in refused] for family, refused in sites.refusals.items()
+        }
+        for phase, sites in prepared.sites.items()
+    }
+
+
+def _replay(prepared: Prepared, profile: Profile, found: Any) -> Program:
+    profile.check(found)
+    known = {site.id for sites in prepared.sites.values() for site in sites.all}
+    for decision in profile.decisions:
+        if decision.site not in known:
+            raise InvalidArgument(f"the profile decides about {decision.site}, which this program does not have")
+    return _build(prepared, profile)
+
+
+def _refuse_conflicts(decisions: Sequence[Decision]) -> None:
+    """Two methods may not rewrite one site: the second is refused with the pair named."""
+    owner: dict[str, str] = {}
+    for decision in decisions:
+        if decision.status != "proposed":
+            continue
+        first = owner.setdefault(decision.site, decision.method)
+        if first != decision.method:
+            raise InvalidArgument(
+                f"{first} and {decision.method} would both rewrite {decision.site}; choose one of them"
+            )
+
+
+def _check_arguments(methods: Any, profile: Any, budget: Any, target: str, mesh: Any, keep: str) -> None:
+    if methods and profile is not None:
+        raise InvalidArgument("give either methods, which decide, or a profile, which replays; not both")
+    if isinstance(methods, str | Method) or not isinstance(methods, Sequence):
+        raise InvalidType(f"methods must be a list of methods or their names, got {type(methods).__name__}")
+    for method in methods:
+        if not isinstance(method, str | Method):
+            raise InvalidType(f"expected a method or its name, got {method!r}")
+    if budget is not None and not isinstance(budget, Budget):
+        raise InvalidType(f"budget must be a graphwright.Budget, got {type(budget).__name__}")
+    if budget is not None and not methods:
+        raise InvalidArgument("a budget needs methods to hold to it")
+    if target not in TARGETS:
+        raise InvalidArgument(f"unknown target {target!r}; there is {', '.join(TARGETS)}")
+    if mesh is not None:
+        raise InvalidArgument("mesh is not supported yet: programs run on one device")
+    if keep not in ("faster", "smaller"):
+        raise InvalidArgument(f"keep must be 'faster' or 'smaller', got {keep!r}")
+
+
+def inspect(
+    model: nn.Module | ExportedProgram | str | Path | Captured,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> Any:
+    """Find a model's sites without rewriting any.
+
+    Args:
+        model: As in `optimize`.
+        args: As in `optimize`.
+        kwargs: As in `optimize`.
+        dynamic_shapes: As in `optimize`.
+
+    Returns:
+        An `Inspection`: print it for a table; `.sites` has the sites by phase, `.to_json()` plain data.
+    """
+    from .report import Inspection
+
+    return Inspection(prepare(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)).sites)
+
+
+def search(
+    model: nn.Module | ExportedProgram | str | Path | Captured,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    methods: Sequence[Method | str],
+    **options: Any,
+) -> Profile:
+    """Decide without keeping the program: the profile that `optimize(profile=...)` replays.
+
+    Args:
+        model: As in `optimize`.
+        args: As in `optimize`.
+        kwargs: As in `optimize`.
+        methods: As in `optimize`.
+        options: Further arguments of `optimize`.
+    """
+    return optimize(model, args, kwargs, methods=methods, **options).profile

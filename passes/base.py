@@ -1,0 +1,108 @@
+"""What a pass is: a frozen dataclass whose fields are its options.
+
+A `Pass` changes a whole graph; a `SitePass` changes one matched site as a decision asks. Subclasses register themselves
+by name, so a file in this folder (or in another package) is all that a new pass needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Generic, TypeVar
+
+from ..errors import InvalidArgument
+from ..patterns.graph import Refusal
+from .edit import Edit
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass reports: how many rewrites it made, and what it declined to rewrite."""
+
+    changed: int
+    refusals: tuple[Refusal, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Registered:
+    name: ClassVar[str]
+    """The pass's name, in profiles and on the command line."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not inspect.isabstract(cls) and "name" in cls.__dict__:
+            _REGISTRY[cls.name] = cls
+
+
+_REGISTRY: dict[str, type[_Registered]] = {}
+
+
+@dataclass(frozen=True)
+class Pass(_Registered, ABC):
+    """A transformation of one phase's graph."""
+
+    exact: ClassVar[bool] = True
+    """Whether the program computes the same numbers; exact passes are checked numerically."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Passes that have to run earlier, where they run at all."""
+    requires: ClassVar[str] = "canonical"
+    """Dialect of the graph that the pass takes."""
+    ensures: ClassVar[str] = "canonical"
+    """Dialect of the graph that the pass leaves."""
+
+    @abstractmethod
+    def run(self, edit: Edit) -> PassResult:
+        """Transform the graph through `edit`."""
+
+
+@dataclass(frozen=True)
+class SitePass(_Registered, ABC, Generic[S]):
+    """A transformation of one site, as a decision asks."""
+
+    exact: ClassVar[bool] = False
+    ensures: ClassVar[str] = "optimized"
+
+    @abstractmethod
+    def guard(self, site: S, edit: Edit) -> str | None:
+        """The replacement operator's contract: None where it takes this site, else the reason why not."""
+
+    @abstractmethod
+    def rewrite(self, site: S, edit: Edit) -> None:
+        """Rewrite the site through `edit`."""
+
+
+def pass_named(name: str, options: dict[str, Any] | None = None) -> Any:
+    """Make a pass from its name and options.
+
+    Args:
+        name: A registered name, such as `quantize_linear`.
+        options: Values for the pass's fields.
+
+    Returns:
+        The pass.
+
+    Raises:
+        InvalidArgument: No pass has this name, or it has no such option; the message lists those that there are.
+    """
+    _discover()
+    kind = _REGISTRY.get(name)
+    if kind is None:
+        raise InvalidArgument(f"unknown pass {name!r}; there are {', '.join(sorted(_REGISTRY))}")
+    known = {item.name for item in fields(kind)}
+    unknown = sorted(set(options or {}) - known)
+    if unknown:
+        raise InvalidArgument(
+            f"pass {name!r} has no option {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}"
+        )
+    return kind(**(options or {}))
+
+
+def _discover() -> None:
+    package = importlib.import_module(__package__ or "")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")

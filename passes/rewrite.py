@@ -1,0 +1,114 @@
+"""Apply decisions to one phase: each site in its own transaction, so that one failure or rollback leaves the rest.
+
+`shadow` mode computes the variants beside the originals without using them: one run then tells every site's own error
+and time, on the inputs that the unchanged program gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..errors import GraphwrightError
+from ..patterns.find import find_sites
+from .base import pass_named
+from .decision import Decision
+from .dialects import verify
+from .edit import Change, Edit
+
+
+@dataclass
+class Rewriting:
+    """Decisions applied to one phase, not yet final.
+
+    Attributes:
+        edit: The open edit.
+        changes: Site id -> what was done there.
+        failed: Site id -> why the site was left as it was.
+        pairs: Site id -> (original node, its replacement), for every value that was replaced.
+    """
+
+    edit: Edit
+    changes: dict[str, Change]
+    failed: dict[str, str]
+    pairs: dict[str, list[tuple[Node, Node]]]
+
+    def rollback(self, site: str) -> None:
+        """Restore one site."""
+        self.changes.pop(site).undo()
+
+    def commit(self) -> int:
+        """Drop what has become dead and verify the result.
+
+        Returns:
+            How many nodes were dropped.
+
+        Raises:
+            VerificationError: A rewrite broke an invariant.
+        """
+        dropped = self.edit.finish()
+        names = sorted({change.label for change in self.changes.values()}) or ["no rewrite"]
+        verify(self.edit.exported, "optimized", ", ".join(names), self.edit.touched)
+        return dropped
+
+
+def apply_decisions(
+    exported: ExportedProgram,
+    phase: str,
+    decisions: Iterable[Decision],
+    shared: dict[str, Tensor] | None = None,
+    *,
+    shadow: bool = False,
+) -> Rewriting:
+    """Rewrite the sites of one phase as decisions ask.
+
+    Args:
+        exported: The canonical program of the phase; edited in place.
+        phase: Its name; decisions for other phases are skipped.
+        decisions: What to do where.
+        shared: Tensors that several phases share.
+        shadow: Compute the variants, but let the program go on reading the originals.
+
+    Returns:
+        The open rewriting. A site that is gone, refused by its operator's contract, or whose rewrite raised, is
+        unchanged and listed in `failed`.
+
+    Raises:
+        InvalidArgument: A decision names an unknown pass or option.
+    """
+    edit = Edit(exported, shared)
+    edit.shadow = shadow
+    sites = {site.id: site for site in find_sites(edit.view, phase).all}
+    rewriting = Rewriting(edit, {}, {}, {})
+    for decision in _of_phase(decisions, phase):
+        step = pass_named(decision.pass_name, decision.options)
+        site = sites.get(decision.site)
+        if site is None:
+            rewriting.failed[decision.site] = "there is no such site in this program"
+            continue
+        reason = step.guard(site, edit)
+        if reason is not None:
+            rewriting.failed[decision.site] = reason
+            continue
+        edit.provenance = {"pass": step.name, "method": decision.method, "site": decision.site}
+        try:
+            with edit.transaction(step.name) as change:
+                step.rewrite(site, edit)
+        except Exception as error:
+            name = "" if isinstance(error, GraphwrightError) else f"{type(error).__name__}: "
+            rewriting.failed[decision.site] = (
+                f"{step.name} raised {name}{str(error).splitlines()[0] if str(error) else ''}"
+            )
+            continue
+        rewriting.changes[decision.site] = change
+        rewriting.pairs[decision.site] = [(old, new) for old, new, _ in change.redirected]
+    edit.provenance = {}
+    return rewriting
+
+
+def _of_phase(decisions: Iterable[Decision], phase: str) -> Sequence[Decision]:
+    return [decision for decision in decisions if decision.phase == phase and decision.status in ("proposed", "kept")]

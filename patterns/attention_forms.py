@@ -1,0 +1,378 @@
+"""Attention in whatever form a graph has it: one SDPA operator, an eager softmax, or fully decomposed matrix products.
+
+    softmax(scale * query @ key^T + mask) @ value
+
+The matcher anchors on the rarest operator (SDPA, softmax) and walks outwards. Which tensor is the query, the key and
+the value, whether heads were repeated, and how the batch was folded is proved by evaluating the views in between on indices
+(`GraphView.is_layout_of`), so that every way of reshaping is covered by one rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from .graph import (
+    CASTS,
+    VIEWS,
+    GraphView,
+    Refusal,
+    arguments,
+    aten,
+    first_tensor,
+    is_call,
+    same_size,
+    scalar_of,
+    shape_of,
+)
+
+SDPA = aten.scaled_dot_product_attention.default
+SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, aten._safe_softmax.default})
+PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
+_MULTIPLY = frozenset({aten.mul.Tensor, aten.mul.Scalar})
+_DIVIDE = frozenset({aten.div.Tensor, aten.div.Scalar})
+_LOWEST = -1e4  # a term below this, added before softmax, removes a key in every float dtype (fp16 ends at -65504)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of the attention, as [batch, heads, tokens, head_dim] (or without the batch), possibly transposed."""
+
+    node: Node
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class MaskTerm:
+    """What limits a score: a bool mask (True keeps), an inverted one (True drops), or an additive float term."""
+
+    node: Node
+    inverted: bool = False
+    fill: float | None = None
+    """For bool masks: what a dropped score is replaced by."""
+
+
+@dataclass(frozen=True)
+class AttentionForm:
+    """One attention computation, found in one of its forms.
+
+    Attributes:
+        anchor: The SDPA or softmax node.
+        output: The node whose value is the attention's output; it is what a rewrite replaces.
+        query, key, value: Operands; key and value may have fewer heads (`groups` query heads share one).
+        mask: The mask node of SDPA, or the term found before the softmax.
+        scale: Factor on the scores; None is 1/sqrt(head_dim).
+        is_causal: SDPA's own flag.
+        groups: Query heads to a key-value head.
+    """
+
+    anchor: Node
+    output: Node
+    query: Operand
+    key: Operand
+    value: Operand
+    mask: MaskTerm | None
+    scale: float | None
+    is_causal: bool
+    groups: int
+
+
+def match_attention(view: GraphView, anchor: Node) -> AttentionForm | Refusal | None:
+    """Match the attention around an SDPA or softmax node.
+
+    Returns:
+        The form; a refusal that says which fact failed; None where the node is no anchor.
+    """
+    if anchor.target is SDPA:
+        return _match_sdpa(view, anchor)
+    if is_call(anchor, *SOFTMAX):
+        return _match_softmax(view, anchor)
+    return None
+
+
+def _match_sdpa(view: GraphView, anchor: Node) -> AttentionForm | Refusal:
+    args = arguments(anchor)
+    query, key, value = args["query"], args["key"], args["value"]
+    if args["dropout_p"] != 0.0:
+        return view.refuse(anchor, "attention has dropout", depth=1, dropout_p=args["dropout_p"])
+    if not all(len(shape_of(node)) == 4 for node in (query, key, value)):
+        return view.refuse(anchor, "attention is not 4-D", depth=1, query=shape_of(query), key=shape_of(key))
+    heads = shape_of(query)[1]
+    folded = _shared_heads(view, heads, key, value)
+    if folded is not None:
+        key, value, groups = folded
+    else:
+        groups = _ratio(heads, shape_of(key)[1]) or 1
+    mask = MaskTerm(args["attn_mask"]) if args["attn_mask"] is not None else None
+    return AttentionForm(
+        anchor,
+        anchor,
+        Operand(query),
+        Operand(key),
+        Operand(value),
+        mask,
+        args["scale"],
+        bool(args["is_causal"]),
+        groups,
+    )
+
+
+def _shared_heads(view: GraphView, heads: Any, key: Node, value: Node) -> tuple[Node, Node, int] | None:
+    """Key and value before their heads were repeated for grouped queries, where both were repeated alike."""
+    bases = []
+    for node in (key, value):
+        for chain in reversed(_chains_back(view, node, scaled=False)):
+            base = chain[-1]
+            if len(shape_of(base)) != 4 or base is node:
+                continue
+            groups = _ratio(heads, shape_of(base)[1])
+            if groups is None or groups == 1:
+                continue
+            if view.is_layout_of(node, base, lambda x, g=groups: x.repeat_interleave(g, 1), chain[:-1]):
+                bases.append((base, groups))
+                break
+    if len(bases) == 2 and bases[0][1] == bases[1][1]:
+        return bases[0][0], bases[1][0], bases[0][1]
+    return None
+
+
+def _match_softmax(view: GraphView, anchor: Node) -> AttentionForm | Refusal:
+    args = arguments(anchor)
+    rank = len(shape_of(anchor))
+    if args["dim"] not in (-1, rank - 1) or rank not in (3, 4):
+        return view.refuse(anchor, "softmax is not over the last of 3 or 4 dimensions", dim=args["dim"], rank=rank)
+
+    scores = _scores(view, args.get("self", args.get("input")), anchor)
+    if isinstance(scores, Refusal):
+        return scores
+    product, mask, scale = scores
+
+    after = _value_product(view, anchor)
+    if isinstance(after, Refusal):
+        return after
+    output, value_side = after
+
+    left, right = product.args[-2:]
+    assert isinstance(left, Node)
+    assert isinstance(right, Node)
+    query, query_scale = _operand(view, left, swapped=False)
+    key, key_scale = _operand(view, right, swapped=True)
+    value, _ = _operand(view, value_side, swapped=False, scaled=False)
+    ranks = {len(shape_of(operand.node)) for operand in (query, key, value)}
+    if len(ranks) != 1 or (mask is not None and len(shape_of(mask.node)) > ranks.copy().pop()):
+        query, key, value = Operand(left), Operand(right, transposed=True), Operand(value_side)
+        query_scale = key_scale = 1.0
+    if len(shape_of(query.node)) not in (3, 4):
+        return view.refuse(anchor, "operands are not 3-D or 4-D", depth=4, query=shape_of(query.node))
+
+    dim = 1 if len(shape_of(query.node)) == 4 else 0
+    heads, kv_heads = shape_of(query.node)[dim], shape_of(key.node)[dim]
+    groups = _ratio(heads, kv_heads)
+    if groups is None or not same_size(kv_heads, shape_of(value.node)[dim]):
+        return view.refuse(
+            anchor,
+            "value heads do not divide query heads",
+            depth=5,
+            query=heads,
+            key=kv_heads,
+            value=shape_of(value.node)[dim],
+        )
+    return AttentionForm(
+        anchor, output, query, key, value, mask, scale * query_scale * key_scale, is_causal=False, groups=groups
+    )
+
+
+def _scores(view: GraphView, node: Any, anchor: Node) -> tuple[Node, MaskTerm | None, float] | Refusal:
+    """Walk back from the softmax's input to the product of query and key: (product, mask, scale)."""
+    mask: MaskTerm | None = None
+    scale = 1.0
+    for _ in range(24):
+        if not isinstance(node, Node):
+            break
+        if is_call(node, *PRODUCTS):
+            if node.target is aten.baddbmm.default:
+                factors = arguments(node)
+                if factors["beta"] != 0:
+                    if mask is not None or factors["beta"] != 1:
+                        return view.refuse(node, "scores are offset twice", depth=2)
+                    mask = MaskTerm(factors["self"])
+                scale *= float(factors["alpha"])
+            return node, mask, scale
+        if is_call(node, *CASTS, *VIEWS):
+            node = node.args[0]
+            continue
+        factor = _scalar_factor(view, node)
+        if factor is not None:
+            node, value = factor
+            scale *= value
+            continue
+        term = _mask_term(view, node)
+        if term is None:
+            return view.refuse(
+                node, "scores are not a scaled, masked matrix product", depth=1, operator=str(node.target)
+            )
+        if mask is not None:
+            return view.refuse(node, "scores are masked twice", depth=2, operator=str(node.target))
+        if scale != 1.0:
+            return view.refuse(node, "scores are scaled after the mask", depth=2, scale=scale)
+        node, mask = term
+    return view.refuse(anchor, "no matrix product before the softmax", depth=1)
+
+
+def _mask_term(view: GraphView, node: Node) -> tuple[Node, MaskTerm] | None:
+    """Split a masking step into the scores before it and the mask."""
+    if is_call(node, aten.add.Tensor) and arguments(node)["alpha"] == 1:
+        left, right = node.args[:2]
+        for scores, other in ((left, right), (right, left)):
+            if isinstance(scores, Node) and isinstance(other, Node) and _leads_to_product(view, scores):
+                return scores, MaskTerm(other)
+    if is_call(node, aten.where.self):
+        condition, kept, other = node.args
+        if isinstance(kept, Node) and isinstance(condition, Node):
+            for scores, filler, inverted in ((kept, other, False), (other, kept, True)):
+                fill = _fill_value(view, filler)
+                if (
+                    isinstance(scores, Node)
+                    and fill is not None
+                    and fill <= _LOWEST
+                    and _leads_to_product(view, scores)
+                ):
+                    return scores, MaskTerm(condition, inverted, fill)
+    if is_call(node, aten.masked_fill.Scalar, aten.masked_fill.Tensor):
+        scores, condition, filler = node.args[:3]
+        fill = _fill_value(view, filler)
+        if isinstance(scores, Node) and isinstance(condition, Node) and fill is not None and fill <= _LOWEST:
+            return scores, MaskTerm(condition, True, fill)
+    return None
+
+
+def _fill_value(view: GraphView, value: Any) -> float | None:
+    if is_call(value, aten.full_like.default, aten.full.default):
+        return scalar_of(view, value.args[1])
+    return scalar_of(view, value)
+
+
+def _leads_to_product(view: GraphView, node: Node) -> bool:
+    for _ in range(12):
+        if is_call(node, *PRODUCTS):
+            return True
+        factor = _scalar_factor(view, node)
+        if factor is not None:
+            node = factor[0]
+        elif is_call(node, *CASTS, *VIEWS):
+            node = first_tensor(node)
+        else:
+            term = _mask_term(view, node)
+            if term is None:
+                return False
+            node = term[0]
+    return False
+
+
+def _scalar_factor(view: GraphView, node: Node) -> tuple[Node, float] | None:
+    """`(x, c)` where the node is `x * c` with a constant c."""
+    if is_call(node, *_MULTIPLY):
+        for tensor, factor in (node.args[:2], node.args[1::-1]):
+            value = scalar_of(view, factor)
+            if value is not None and isinstance(tensor, Node) and scalar_of(view, tensor) is None:
+                return tensor, value
+    if is_call(node, *_DIVIDE):
+        value = scalar_of(view, node.args[1])
+        if value and isinstance(node.args[0], Node):
+            return node.args[0], 1.0 / value
+    return None
+
+
+def _value_product(view: GraphView, anchor: Node) -> tuple[Node, Node] | Refusal:
+    """Walk forward from the softmax to its product with the value: (output, value operand)."""
+    node = anchor
+    for _ in range(12):
+        # The guard against fully masked rows reads the probabilities' shape, not their values.
+        users = [user for user in node.users if not is_call(user, aten.full_like.default, aten.zeros_like.default)]
+        if len(users) != 1:
+            reason = "attention probabilities are used outside" if users else "attention probabilities are not used"
+            return view.refuse(node, reason, depth=3, users=", ".join(user.name for user in users))
+        user = users[0]
+        if user.op == "output":
+            return view.refuse(node, "attention probabilities are returned", depth=3)
+        if is_call(user, aten.matmul.default, aten.bmm.default) and user.args[0] is node:
+            value = user.args[1]
+            assert isinstance(value, Node)
+            return user, value
+        guard = is_call(user, aten.where.self) and user.args[2] is node and _fill_value(view, user.args[1]) == 0.0
+        if guard or (is_call(user, *CASTS, *VIEWS) and user.args[0] is node):
+            node = user
+            continue
+        if is_call(user, aten.dropout.default, aten.native_dropout.default):
+            return view.refuse(user, "attention has dropout", depth=3)
+        return view.refuse(
+            user, "attention probabilities are not multiplied by a value", depth=3, operator=str(user.target)
+        )
+    return view.refuse(anchor, "no matrix product after the softmax", depth=3)
+
+
+def _operand(view: GraphView, node: Node, *, swapped: bool, scaled: bool = True) -> tuple[Operand, float]:
+    """The earliest tensor [B, heads, tokens, D] that a product's operand is a view of, and the factor in between.
+
+    Args:
+        view: The graph.
+        node: The operand, [..., tokens, D], or [..., D, tokens] where `swapped`.
+        swapped: Whether the operand is the transposed key.
+        scaled: Whether constant factors may be taken out.
+    """
+    chains = _chains_back(view, node, scaled=scaled)
+    for rank in (4, 3):
+        for chain in reversed(chains):
+            base = chain[-1]
+            if len(shape_of(base)) != rank:
+                continue
+            factor = 1.0
+            for step in chain[:-1]:
+                taken = _scalar_factor(view, step)
+                factor *= taken[1] if taken else 1.0
+
+            def expected(x: Tensor, like: Node = node, rank: int = rank) -> Tensor:
+                x = x.transpose(-1, -2) if swapped else x
+                dims = len(shape_of(like))
+                flat = [int(size) if isinstance(size, int) else -1 for size in shape_of(like)[:-2]]
+                heads = x.shape[rank - 3]
+                wanted = shape_of(like)[rank - 3] if dims == rank else None
+                groups = wanted // heads if isinstance(wanted, int) and heads and wanted % heads == 0 else 1
+                x = x.repeat_interleave(groups, rank - 3) if groups > 1 else x
+                if dims == 3 and rank == 4:
+                    known = flat[0]
+                    groups = known // (x.shape[0] * heads) if known > 0 else 1
+                    x = (x.repeat_interleave(groups, 1) if groups > 1 else x).flatten(0, 1)
+                return x
+
+            if view.is_layout_of(node, base, expected, chain[:-1]):
+                return Operand(base), factor
+    return Operand(node, transposed=swapped), 1.0
+
+
+def _chains_back(view: GraphView, node: Node, *, scaled: bool) -> list[Sequence[Node]]:
+    """Chains from a node back to each ancestor that it is a view of (constant factors and casts stepped over)."""
+    chain = [node]
+    chains: list[Sequence[Node]] = [tuple(chain)]
+    while len(chain) < 16:
+        factor = _scalar_factor(view, node) if scaled else None
+        if factor is not None:
+            node = factor[0]
+        elif is_call(node, *VIEWS) or (scaled and is_call(node, *CASTS)):
+            node = first_tensor(node)
+        else:
+            break
+        chain.append(node)
+        chains.append(tuple(chain))
+    return chains
+
+
+def _ratio(heads: Any, kv_heads: Any) -> int | None:
+    """Query heads to a key-value head, where that is a whole number."""
+    if isinstance(heads, int) and isinstance(kv_heads, int):
+        return heads // kv_heads if kv_heads and heads % kv_heads == 0 else None
+    return 1 if same_size(heads, kv_heads) else None

@@ -1,0 +1,118 @@
+"""Phases: one captured graph specialised for conditions that the host knows when the program is called.
+
+A `PhasePlan` says what is assumed (sizes, an empty cache) and when that is so; passes specialise the graph accordingly.
+A `Condition` is data, so that a saved program dispatches without running code from the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from .errors import InvalidArgument
+
+
+class Condition(BaseModel):
+    """A bound on a size or on a value of one input, both ends included.
+
+    `size` is the length of dimension `dim`. `first` is the input's first element; for a tensor on a GPU reading it
+    waits for the device, so plans put size conditions first.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input: str
+    measure: Literal["size", "first"]
+    dim: int = 0
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def holds(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the inputs of a call meet the bound; an input that is absent does not."""
+        value = inputs.get(self.input)
+        if value is None:
+            return False
+        if self.measure == "size":
+            if not isinstance(value, Tensor) or value.dim() <= self.dim:
+                return False
+            measured = float(value.shape[self.dim])
+        else:
+            measured = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
+        low = self.at_least is None or measured >= self.at_least
+        return low and (self.at_most is None or measured <= self.at_most)
+
+    def __str__(self) -> str:
+        name = f"{self.input}.shape[{self.dim}]" if self.measure == "size" else f"{self.input}[0]"
+        if self.at_least is not None and self.at_least == self.at_most:
+            return f"{name} == {self.at_least:g}"
+        parts = [f"{name} >= {self.at_least:g}"] if self.at_least is not None else []
+        parts += [f"{name} <= {self.at_most:g}"] if self.at_most is not None else []
+        return " and ".join(parts) or f"any {name}"
+
+
+class PhasePlan(BaseModel):
+    """What a phase assumes and when it may run.
+
+    `sizes` maps an input to fixed lengths by dimension; `start_input` names the position input that is known to begin at
+    zero, which means that the cache holds nothing that attention may see.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    conditions: tuple[Condition, ...] = ()
+    sizes: dict[str, dict[int, int]] = {}
+    start_input: str | None = None
+
+
+@dataclass
+class Phase:
+    """One specialised program and the plan that it came from."""
+
+    plan: PhasePlan
+    exported: ExportedProgram
+
+    @property
+    def name(self) -> str:
+        """The phase's name, first part of its sites' ids."""
+        return self.plan.name
+
+
+def example_inputs(exported: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs of a program; ((), {}) where it carries none."""
+    return exported.example_inputs or ((), {})
+
+
+def device_of(exported: ExportedProgram) -> torch.device:
+    """The device of the program's first stored tensor; the CPU where it stores none."""
+    for tensor in exported.state_dict.values():
+        return tensor.device
+    return torch.device("cpu")
+
+
+def move_phases(phases: list[Phase], device: torch.device | str) -> None:
+    """Move every phase, and let the phases go on sharing their tensors.
+
+    Raises:
+        InvalidArgument: The device is unknown or not there.
+    """
+    from torch.export.passes import move_to_device_pass
+
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidArgument(f"device {device} is not there: {str(error).splitlines()[0]}") from error
+    moved: dict[str, Tensor] = {}
+    for phase in phases:
+        names = {name: tensor for name, tensor in phase.exported.state_dict.items()}
+        phase.exported = move_to_device_pass(phase.exported, str(device))
+        for name, original in names.items():
+            key = f"{original.untyped_storage().data_ptr()}/{name}"
+            phase.exported.state_dict[name] = moved.setdefault(key, phase.exported.state_dict[name])

@@ -1,0 +1,199 @@
+"""What a variant costs and gains, measured on the program itself.
+
+`measure_sites` runs the canonical program once with every variant computed beside its original (shadow mode): the error
+at each site's own output, on equal inputs, and the time of both. `output_errors` rewrites one site at a time and looks at
+the program's output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from ..passes.decision import Decision
+from ..passes.dialects import run_functional
+from ..passes.edit import copy_exported
+from ..passes.rewrite import apply_decisions
+from ..patterns.graph import GraphView
+
+
+@dataclass(frozen=True)
+class SiteMeasure:
+    """One site's variant against its original, on the same input.
+
+    Attributes:
+        error: Relative L2 distance of the outputs.
+        before, after: Seconds, the least of all runs.
+    """
+
+    error: float
+    before: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        """Time before over time after."""
+        return self.before / self.after if self.after > 0 else float("inf")
+
+
+def measure_sites(
+    exported: ExportedProgram,
+    phase: str,
+    decisions: Sequence[Decision],
+    inputs: Sequence[list[Any]],
+    shared: dict[str, Tensor],
+    repeats: int = 3,
+) -> tuple[dict[str, SiteMeasure], dict[str, str]]:
+    """Measure every proposed variant of a phase in its place.
+
+    Args:
+        exported: The canonical program; not changed.
+        phase: Its name.
+        decisions: The proposals.
+        inputs: Flat inputs to run on.
+        shared: Tensors that several phases share; the variants' weights are left there.
+        repeats: Runs on each input; times are minima over all runs.
+
+    Returns:
+        Site id -> measure; site id -> why its variant could not be made or run.
+    """
+    copy = copy_exported(exported)
+    rewriting = apply_decisions(copy, phase, decisions, shared, shadow=True)
+    copy.graph_module.recompile()
+    owner: dict[Node, tuple[str, str]] = {}
+    pairs: dict[Node, list[tuple[Node, Node, str]]] = {}
+    for site, replaced in rewriting.pairs.items():
+        for node in rewriting.changes[site].added:
+            owner[node] = (site, "after")
+        for old, new in replaced:
+            owner.setdefault(old, (site, "before"))
+            for node in (old, new):
+                pairs.setdefault(node, []).append((old, new, site))
+    runner = _ShadowRunner(copy, owner, pairs)
+    for flat in inputs:
+        for _ in range(repeats):
+            runner.run_once(flat)
+    measured = {
+        site: SiteMeasure(
+            (runner.distance[site] / max(runner.length[site], 1e-30)) ** 0.5,
+            runner.best.get((site, "before"), 0.0),
+            runner.best.get((site, "after"), 0.0),
+        )
+        for site in runner.distance
+    }
+    return measured, rewriting.failed
+
+
+def output_errors(
+    exported: ExportedProgram,
+    phase: str,
+    decisions: Sequence[Decision],
+    inputs: Sequence[list[Any]],
+    shared: dict[str, Tensor],
+    on_step: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """The relative L2 error of the program's output with one site rewritten at a time.
+
+    Args:
+        exported: The canonical program; not changed.
+        phase: Its name.
+        decisions: The sites to try.
+        inputs: Flat inputs.
+        shared: Tensors that several phases share.
+        on_step: Called after each site.
+
+    Returns:
+        Site id -> error, for the sites that could be rewritten.
+    """
+    reference = [run_functional(exported, flat) for flat in inputs]
+    errors = {}
+    copy = copy_exported(exported)
+    for decision in decisions:
+        rewriting = apply_decisions(copy, phase, [decision], shared)
+        if decision.site in rewriting.changes:
+            copy.graph_module.recompile()
+            results = [run_functional(copy, flat) for flat in inputs]
+            errors[decision.site] = relative_error(exported, reference, results)
+            rewriting.rollback(decision.site)
+        if on_step is not None:
+            on_step()
+    return errors
+
+
+def relative_error(
+    exported: ExportedProgram, reference: Iterable[Sequence[Tensor]], results: Iterable[Sequence[Tensor]]
+) -> float:
+    """Relative L2 distance over the user outputs of all runs; state that the program writes does not count."""
+    mutations = len(GraphView(exported).mutated)
+    distance = length = 0.0
+    for before, after in zip(reference, results, strict=True):
+        for a, b in zip(before[mutations:], after[mutations:], strict=True):
+            distance += float(torch.linalg.vector_norm(a.float() - b.float()) ** 2)
+            length += float(torch.linalg.vector_norm(a.float()) ** 2)
+    return (distance / max(length, 1e-30)) ** 0.5
+
+
+class _ShadowRunner(torch.fx.Interpreter):
+    """Times the nodes of interest and compares each variant with its original while both are at hand."""
+
+    def __init__(
+        self,
+        exported: ExportedProgram,
+        owner: dict[Node, tuple[str, str]],
+        pairs: dict[Node, list[tuple[Node, Node, str]]],
+    ) -> None:
+        super().__init__(exported.graph_module)
+        self._exported = exported
+        self._owner = owner
+        self._pairs = pairs
+        self._values: dict[Node, Tensor] = {}
+        self._spent: dict[tuple[str, str], float] = {}
+        self.best: dict[tuple[str, str], float] = {}
+        self.distance: dict[str, float] = {}
+        self.length: dict[str, float] = {}
+
+    def run_once(self, flat: list[Any]) -> None:
+        self._spent, self._values = {}, {}
+        signature = self._exported.graph_signature
+        values = iter(flat)
+        arguments = [
+            next(values) if spec.target is None else self._stored(spec.target) for spec in signature.input_specs
+        ]
+        with torch.no_grad():
+            self.run(*arguments, enable_io_processing=False)
+        for key, seconds in self._spent.items():
+            self.best[key] = min(seconds, self.best.get(key, float("inf")))
+
+    def _stored(self, target: str) -> Any:
+        stored = self._exported.state_dict.get(target)
+        return self._exported.constants[target] if stored is None else stored
+
+    def run_node(self, n: Node) -> Any:
+        key = self._owner.get(n)
+        if key is None:
+            return super().run_node(n)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        result = super().run_node(n)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._spent[key] = self._spent.get(key, 0.0) + time.perf_counter() - started
+        for old, new, site in self._pairs.get(n, ()):
+            self._values[n] = result
+            if old in self._values and new in self._values:
+                self._compare(self._values.pop(old), self._values.pop(new), site)
+        return result
+
+    def _compare(self, original: Tensor, variant: Tensor, site: str) -> None:
+        reference = original.float()
+        difference = torch.linalg.vector_norm(reference - variant.float())
+        self.distance[site] = self.distance.get(site, 0.0) + float(difference) ** 2
+        self.length[site] = self.length.get(site, 0.0) + float(torch.linalg.vector_norm(reference)) ** 2

@@ -1,0 +1,100 @@
+"""What a method is: typed options, a reference, and `decide`, which turns sites into decisions.
+
+Subclasses register themselves by name, so a file in this folder (or in another package) is all that a new method needs:
+search, budget, report, replay and export come with the decisions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch.export import ExportedProgram
+
+from ..errors import InvalidArgument
+from ..passes.decision import Decision
+from ..patterns.find import Sites
+
+METHODS: dict[str, type[Method]] = {}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may look at when it decides.
+
+    Attributes:
+        phases: The canonical program of each phase.
+        sites: Their sites.
+        calibration: Flat inputs by phase, empty where the user gave none.
+        facts: What capture knows of the model.
+    """
+
+    phases: Mapping[str, ExportedProgram]
+    sites: Mapping[str, Sites]
+    calibration: Mapping[str, Sequence[list[Any]]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Method(BaseModel, ABC):
+    """Base of all methods: a pydantic model whose fields are the options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: ClassVar[str]
+    """Name in profiles and on the command line."""
+    reference: ClassVar[str]
+    """Where the method was published."""
+    rewrites: ClassVar[str]
+    """What it rewrites, in a few words."""
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = ".".join(str(part) for part in first["loc"]) or "options"
+            raise InvalidArgument(f"{type(self).__name__}: {option}: {first['msg']}") from error
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if not inspect.isabstract(cls) and "name" in cls.__dict__:
+            METHODS[cls.name] = cls
+
+    @abstractmethod
+    def decide(self, context: Context) -> list[Decision]:
+        """Say what is to be done where.
+
+        Args:
+            context: The program's sites, phase by phase.
+
+        Returns:
+            One decision a site that the method looked at; those it declines have status "refused" and a reason.
+        """
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method that there is, by name."""
+    package = importlib.import_module(__package__ or "")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(METHODS.items()))
+
+
+def method_named(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """Make a method from its name and options.
+
+    Raises:
+        InvalidArgument: No such method, or no such option; the message lists those that there are.
+    """
+    known = methods()
+    kind = known.get(name) or next((m for m in known.values() if m.__name__ == name), None)
+    if kind is None:
+        raise InvalidArgument(f"unknown method {name!r}; there are {', '.join(known)}")
+    return kind(**(options or {}))

@@ -1,0 +1,364 @@
+"""What `optimize` returns: phases over one set of weights and one set of state, and the record of what was decided.
+
+A `Program` is called like the model that it was made from. It picks the phase on the host, runs that phase's lowered
+graph and leaves state (a KV cache) in tensors that the phases share.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
+
+from .errors import InvalidArgument, InvalidType
+from .inputs import CallSignature
+from .lowering.eager import lower_eager
+from .passes.decision import Decision
+from .passes.manager import PassRecord
+from .patterns.find import Sites, find_sites
+from .patterns.graph import GraphView
+from .phases import Phase, device_of, move_phases
+from .profiles.profile import Profile
+
+
+@dataclass
+class History:
+    """What led to a program, for reports: pass records, graph text before any lossy rewrite, measurements."""
+
+    passes: list[PassRecord] = field(default_factory=list)
+    refusals: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    before: dict[str, list[str]] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+class Program:
+    """A rewritten model.
+
+    Args:
+        phases: In the order in which their conditions are tried.
+        inputs: Names of the call's arguments.
+        kind: "module", "causal_lm" or "denoiser".
+        facts: What capture knows of the model.
+        profile: The decisions that made it.
+        history: How it came about.
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        inputs: tuple[str, ...],
+        kind: str,
+        facts: dict[str, Any],
+        profile: Profile,
+        history: History | None = None,
+    ) -> None:
+        self.phases: dict[str, Phase] = {phase.name: phase for phase in phases}
+        self.inputs = inputs
+        self.kind = kind
+        self.facts = facts
+        self.profile = profile
+        self.history = history or History()
+        self._signatures = {
+            phase.name: CallSignature(phase.exported, inputs, facts.get("max_cache_len")) for phase in phases
+        }
+        self._lowered: dict[str, Any] = {}
+        self._initial = {name: _initial_value(tensor) for name, tensor in self._state().items()}
+        self._sites: dict[str, Sites] = {}
+
+    # ---- running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program, with the model's own arguments.
+
+        Raises:
+            InvalidType: The arguments do not fit the captured signature.
+            InvalidArgument: No phase takes them, or they go beyond the captured cache.
+        """
+        bound = self._bind(args, kwargs)
+        phase = self._phase_for(bound)
+        signature = self._signatures[phase.name]
+        flat = signature.flatten(bound)
+        with torch.no_grad():
+            outputs = self._run(phase.name)(*flat)
+        return signature.unflatten(outputs)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        if len(args) > len(self.inputs):
+            raise InvalidType(f"takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(args)}")
+        bound = dict(zip(self.inputs, args, strict=False))
+        for name, value in kwargs.items():
+            if name in bound:
+                raise InvalidType(f"got two values for {name!r}")
+            if name not in self.inputs:
+                raise InvalidType(f"there is no input {name!r}; the inputs are {', '.join(self.inputs)}")
+            bound[name] = value
+        missing = [name for name in self.inputs if name not in bound]
+        if missing:
+            raise InvalidType(f"missing input {missing[0]!r}; the inputs are {', '.join(self.inputs)}")
+        return bound
+
+    def _phase_for(self, bound: dict[str, Any]) -> Phase:
+        for phase in self.phases.values():
+            if all(condition.holds(bound) for condition in phase.plan.conditions):
+                return phase
+        raise InvalidArgument(f"no phase takes these inputs: {self._conditions()}")
+
+    def _conditions(self) -> str:
+        return "; ".join(
+            f"{phase.name} if {' and '.join(map(str, phase.plan.conditions)) or 'nothing else'}"
+            for phase in self.phases.values()
+        )
+
+    def _run(self, phase: str) -> Any:
+        if phase not in self._lowered:
+            self._lowered[phase] = lower_eager(self.phases[phase].exported)
+        return self._lowered[phase]
+
+    def reset(self) -> None:
+        """Set all state back to what it was at capture: an empty cache."""
+        for name, tensor in self._state().items():
+            initial = self._initial[name]
+            tensor.copy_(initial) if isinstance(initial, Tensor) else tensor.fill_(initial)
+
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        eos_token_id: int | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Continue a prompt with a captured language model.
+
+        Args:
+            tokens: int64 [batch, prompt], all of one length.
+            max_new_tokens: At most this many are added.
+            temperature: 0 takes the most probable token, otherwise logits are divided by it and sampled.
+            top_p: Sample from the smallest set of tokens with this much probability.
+            eos_token_id: Stops a sequence; finished ones are padded with it.
+            seed: Makes sampling repeatable.
+
+        Returns:
+            int64 [batch, prompt + new].
+
+        Raises:
+            InvalidArgument: The program is no language model, or the text would outgrow the captured cache.
+        """
+        if self.kind != "causal_lm":
+            raise InvalidArgument(f"generate needs a program of capture_causal_lm, this one is a {self.kind}")
+        if tokens.dim() != 2 or tokens.shape[0] != self.facts["batch_size"] or tokens.shape[1] < 1:
+            raise InvalidType(f"tokens must be [{self.facts['batch_size']}, prompt], got {list(tokens.shape)}")
+        if max_new_tokens < 0 or temperature < 0 or not 0 < top_p <= 1:
+            raise InvalidArgument("max_new_tokens and temperature must not be negative, top_p must be in (0, 1]")
+        length, limit = tokens.shape[1], self.facts["max_cache_len"]
+        if length + max_new_tokens > limit + 1:
+            raise InvalidArgument(f"{length} + {max_new_tokens} tokens do not fit the captured cache of {limit}")
+        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
+        return torch.cat(
+            [tokens, *self._new_tokens(tokens, max_new_tokens, temperature, top_p, eos_token_id, generator)], 1
+        )
+
+    def _new_tokens(
+        self,
+        tokens: Tensor,
+        count: int,
+        temperature: float,
+        top_p: float,
+        eos: int | None,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
+        self.reset()
+        position = torch.arange(tokens.shape[1], device=tokens.device)
+        finished = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
+        chunk = tokens
+        for _ in range(count):
+            logits = self(chunk, position)[:, -1].float()
+            chunk = _pick(logits, temperature, top_p, generator)
+            if eos is not None:
+                chunk = torch.where(finished, eos, chunk)
+                finished = finished | (chunk == eos)
+            yield chunk
+            if eos is not None and bool(finished.all()):
+                return
+            position = position[-1:] + 1
+
+    def as_module(self) -> nn.Module:
+        """A module with the model's call, to put in its place, for example `pipe.transformer`.
+
+        Keywords that the capture fixed (`return_dict=False`) are accepted with the captured value only.
+        """
+        return _AsModule(self)
+
+    def to(self, device: torch.device | str) -> Program:
+        """Move weights and state; phases keep sharing them.
+
+        Raises:
+            InvalidArgument: The device is not there.
+        """
+        move_phases(list(self.phases.values()), device)
+        self._lowered.clear()
+        return self
+
+    # ---- what was done
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """One record a site and method."""
+        return self.profile.decisions
+
+    @property
+    def sites(self) -> dict[str, Sites]:
+        """The sites that are in the graphs as they are now, by phase."""
+        for name, phase in self.phases.items():
+            if name not in self._sites:
+                self._sites[name] = find_sites(GraphView(phase.exported), name)
+        return self._sites
+
+    def report(self) -> Any:
+        """What was found, tried, kept, refused and rolled back, and why: print it, or take `.to_json()`."""
+        from .report import Report
+
+        return Report(self)
+
+    def explain(self, site: str) -> str:
+        """Everything that is known about one site: its match, guards, decision, figures and source line.
+
+        Raises:
+            InvalidArgument: There is no such site; the message has the nearest ids.
+        """
+        from .report import explain
+
+        return explain(self, site)
+
+    def diff(self, phase: str) -> str:
+        """The phase's graph before and after the lossy rewrites, as a unified diff.
+
+        Raises:
+            InvalidArgument: There is no such phase.
+        """
+        from .report import diff
+
+        return diff(self, phase)
+
+    def to_networkx(self, phase: str) -> Any:
+        """The phase's graph as a `networkx.DiGraph`; nodes carry operator, shape, dtype, module path, source, provenance.
+
+        Raises:
+            InvalidArgument: There is no such phase.
+        """
+        from .report import to_networkx
+
+        return to_networkx(self, phase)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the distinct stored tensors without state, shared ones counted once."""
+        state = set(self._state())
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for phase in self.phases.values()
+            for name, tensor in phase.exported.state_dict.items()
+            if name not in state
+        }
+        return sum(storages.values())
+
+    def state_bytes(self) -> int:
+        """Bytes of the state tensors."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._state().values())
+
+    def time(self, *args: Any, repeats: int = 3, **kwargs: Any) -> float:
+        """Least seconds of a call over `repeats`."""
+        best = float("inf")
+        for _ in range(repeats):
+            started = time.perf_counter()
+            self(*args, **kwargs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    def _state(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for phase in self.phases.values():
+            for spec in phase.exported.graph_signature.output_specs:
+                if spec.kind is OutputKind.BUFFER_MUTATION and spec.target is not None:
+                    found[spec.target] = phase.exported.state_dict[spec.target]
+        return found
+
+    # ---- files
+
+    def save(self, path: str | Path) -> None:
+        """Write one `.gw` file: weights once, graphs, profile, report. An existing file is replaced when it is complete.
+
+        Raises:
+            InvalidFile: The path cannot be written.
+        """
+        from .storage import save_program
+
+        save_program(self, Path(path))
+
+    def __repr__(self) -> str:
+        kept = sum(decision.status == "kept" for decision in self.decisions)
+        return f"<Program {self.kind}: {', '.join(self.phases)}; {kept} of {len(self.decisions)} decisions kept>"
+
+
+class _AsModule(nn.Module):
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self.config = _Config(program.facts.get("config") or {})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the floating-point weights."""
+        tensors = (t for p in self.program.phases.values() for t in p.exported.state_dict.values())
+        return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return device_of(next(iter(self.program.phases.values())).exported)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        wraps = self.program.kind == "denoiser"
+        if wraps and kwargs.pop("return_dict", False):
+            raise InvalidType("the program was captured with return_dict=False")
+        known = {k: v for k, v in kwargs.items() if k in self.program.inputs or v is not None}
+        result = self.program(*args, **known)
+        return (result,) if wraps else result
+
+
+class _Config(dict[str, Any]):
+    """A model's configuration, by key and by attribute as diffusers and transformers read it."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def _pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0.0:
+        return logits.argmax(-1, keepdim=True)
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1.0:
+        ordered, order = probabilities.sort(-1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)
+
+
+def _initial_value(tensor: Tensor) -> Tensor | float | int | bool:
+    """What state is reset to: one number where it is constant, as empty caches are, else a copy."""
+    if tensor.numel() == 0:
+        return 0
+    first = tensor.flatten()[0]
+    return first.item() if bool((tensor == first).all()) else tensor.clone()
