@@ -11,7 +11,9 @@ Names are imported when they are first used, so `import graphwright` costs next 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from .profiles.method import Method, methods
     from .profiles.profile import Profile
     from .program import Program
-    from .storage import load
+    from .program_file import load
 
 __version__ = "0.1.0"
 
@@ -43,7 +45,7 @@ _HOME = {
     "capture_causal_lm": "capture",
     "capture_denoiser": "capture",
     "inspect": "optimize",
-    "load": "storage",
+    "load": "program_file",
     "methods": "profiles.method",
     "optimize": "optimize",
     "search": "optimize",
@@ -75,10 +77,20 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'graphwright' has no attribute {name!r}")
     value = getattr(import_module(f".{home}", __name__), name)
-    # Functions share their name with the module that they live in: the function is what the user asked for.
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOME})
+
+
+class _Package(ModuleType):
+    """Keeps `gw.optimize` the function when the module of the same name is imported, which would set it to the module."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

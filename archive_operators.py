@@ -15,13 +15,14 @@ import torch
 
 from .archive_symbols import read_device, read_dtype, read_float, read_text, write_float
 from .errors import InvalidFile
+from .torch_private import OpOverload
 
 NAMESPACES = ("aten", "prims", "graphwright")
 
 
 def write_operator(target: Any) -> str:
     """The name of an operator or of a function of scalars, refused at once if it could not be read again."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         name = f"torch.ops.{target}"
         read_operator(name)
         return name
@@ -46,7 +47,7 @@ def read_operator(target: object) -> Callable[..., Any]:
         raise InvalidFile(f"{target!r} is not an operator of torch.ops in the namespaces {', '.join(NAMESPACES)}")
     packet = getattr(getattr(torch.ops, match["namespace"]), match["name"], None)
     overload = getattr(packet, match["overload"], None)
-    if not isinstance(overload, torch._ops.OpOverload) or f"torch.ops.{overload}" != target:
+    if not isinstance(overload, OpOverload) or f"torch.ops.{overload}" != target:
         hint = "; import its module of graphwright.kernels" if match["namespace"] == "graphwright" else ""
         raise InvalidFile(f"the operator {target} is not registered in this process{hint}")
     if not _computes(overload):
@@ -54,7 +55,7 @@ def read_operator(target: object) -> Callable[..., Any]:
     return overload
 
 
-def _computes(overload: torch._ops.OpOverload) -> bool:
+def _computes(overload: OpOverload) -> bool:
     # TorchScript's `aten::save` and `aten::from_file` are reached through torch.ops too, and write or map files.
     schema = overload._schema
     values = [*schema.arguments, *schema.returns]

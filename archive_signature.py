@@ -151,7 +151,7 @@ def _read_container(data: Any) -> pytree.TreeSpec:
 
 def _is_output_class(cls: Any) -> bool:
     # The result classes of transformers and diffusers are ordered dicts whose fields are also attributes.
-    return issubclass(cls, OrderedDict) and cls.__module__.split(".")[0] in _OUTPUT_PACKAGES
+    return isinstance(cls, type) and issubclass(cls, OrderedDict) and cls.__module__.split(".")[0] in _OUTPUT_PACKAGES
 
 
 def _output_class(name: str) -> type:

@@ -193,7 +193,7 @@ class SymbolReader:
 
     def _scalar(self, kind: str, data: Any) -> Any:
         if not isinstance(data, str | list):
-            return read_constant(data)
+            return data if isinstance(data, bool) else _number(data)
         key = (kind, repr(data))
         if key not in self._scalars:
             expression = self.expression(data)

@@ -65,7 +65,7 @@ class TensorWriter:
             if key in views:
                 base, offset = views[key]
                 entry["view"] = [base, offset, list(tensor.stride())]
-            elif key in state and (fill := _fill(tensor)) is not None:
+            elif key in state and tensor.is_contiguous() and (fill := _fill(tensor)) is not None:
                 entry["fill"] = fill
             else:
                 entry["stored"] = None if tensor.is_contiguous() or not _is_dense(tensor) else list(tensor.stride())
@@ -183,7 +183,7 @@ def _read_whole(file: mmap.mmap, offset: int | None, entry: Mapping[str, Any]) -
             raise InvalidFile(f"{entry['fill']!r} is not one element of {dtype}")
         if not any(element):
             return torch.zeros(shape, dtype=dtype)
-        return torch.frombuffer(bytearray(element), dtype=dtype).expand(shape).contiguous().clone()
+        return torch.frombuffer(bytearray(element), dtype=dtype)[0].expand(shape).clone(memory_format=_CONTIGUOUS)
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)
@@ -327,6 +327,7 @@ def _size(data: object) -> int:
 
 
 _CHUNK = 16 << 20
+_CONTIGUOUS = torch.contiguous_format
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _MAX_DIMENSIONS = 64  # of a torch tensor
 _MAX_ELEMENTS = 2**48

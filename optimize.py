@@ -213,7 +213,7 @@ def _refuse_slower(decisions: list[Decision]) -> None:
         gain = decision.measured_gain
         if decision.status == "proposed" and gain is not None and gain < 1.0:
             decision.status = "refused"
-            decision.reason = f"measured slower than what it replaces ({gain:.2f}x); keep='smaller' keeps it"
+            decision.reason = "measured slower than what it replaces; keep='smaller' keeps it for its memory"
 
 
 def _hold_budget(

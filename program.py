@@ -295,14 +295,16 @@ class Program:
     # ---- files
 
     def save(self, path: str | Path) -> None:
-        """Write one `.gw` file: weights once, graphs, profile, report. An existing file is replaced when it is complete.
+        """Write one `.gw` file: weights once, graphs, profile, report.
+
+        An existing file is replaced when the new one is complete; an interrupted save leaves it as it was.
 
         Raises:
             InvalidFile: The path cannot be written.
         """
-        from .storage import save_program
+        from .program_file import save
 
-        save_program(self, Path(path))
+        save(self, path)
 
     def __repr__(self) -> str:
         kept = sum(decision.status == "kept" for decision in self.decisions)

@@ -9,6 +9,7 @@ from typing import Any
 
 import sympy
 from torch._export.verifier import TrainingIRVerifier, Verifier
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import CallMethodKey, ConvertIntKey, DivideByKey, ShapeEnv
 from torch.utils import _pytree as pytree
@@ -23,6 +24,7 @@ __all__ = [
     "DivideByKey",
     "FakeTensor",
     "FakeTensorMode",
+    "OpOverload",
     "ShapeEnv",
     "TrainingIRVerifier",
     "ValueRanges",

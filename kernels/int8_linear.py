@@ -1,6 +1,6 @@
 """A linear layer in 8-bit integers: static weights per output channel, activations quantized per token when it runs.
 
-    s_x[t]  = max(max_k |x[t, k]| / 127, 2^-126)
+    s_x[t]  = max(max_k |x[t, k]| * float32(1 / 127), 2^-126)
     q[t, k] = round_half_even(x[t, k] / s_x[t])                             int8, symmetric
     y[t, n] = (sum_k q[t, k] weight[n, k]) scale[n] s_x[t] + bias[n]        int32 sum, float32 epilogue, y in x's dtype
 
@@ -8,14 +8,14 @@ Shapes: x ``[..., K]`` with any number of tokens, also none; weight ``[N, K]``; 
 Dtypes: x and y float32, float16 or bfloat16; weight int8; scale float32; bias any of x's. 1 <= K <= 131072.
 
 Error against the float product: each of the K terms is off by at most half a step of x (amax / 254) times the weight,
-plus half a step of the weight times x. The integers are the same in every kernel (each divides, none multiplies by a
-reciprocal) and their sum is exact, so kernels differ by float32 rounding of the epilogue alone.
+plus half a step of the weight times x. Every kernel makes the same integers (one product and one division, each
+correctly rounded) and sums them exactly, so kernels differ by float32 rounding of the epilogue alone.
 Zeros: a token of zeros gives the bias exactly. A token with a NaN or an infinity gives NaN in all its outputs, since
 no scale can hold it; other tokens are untouched.
 
-Source: symmetric W8A8 with dynamic per-token and static per-channel scales, as in ZeroQuant (Yao et al. 2022,
-arXiv:2206.01861, section 3.1: token-wise activation quantization) and SmoothQuant (Xiao et al. 2023, arXiv:2211.10438,
-equation 1 and table 2, "O1": per-token dynamic).
+Source: symmetric W8A8 with dynamic per-token and static per-channel scales: SmoothQuant (Xiao et al. 2023,
+arXiv:2211.10438), equation 1 and its granularities; per-token activations go back to ZeroQuant (Yao et al. 2022,
+arXiv:2206.01861).
 """
 
 # ruff: noqa: ANN001, ANN202 (the arguments of Triton kernels are pointers and scalars that Triton types itself)
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, reduce
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,14 @@ if TYPE_CHECKING or HAS_TRITON:
     import triton.language as tl
 
     _jit: Callable[..., Any] = triton.jit
+    # Triton would compile M = 1 with all rows of a tile at one address, which it loads without pipelining.
+    _jit_any_m: Callable[..., Any] = triton.jit(do_not_specialize=["M"])
 else:  # no wheel for this platform: the reference and the cpu kernel need none, _cuda says so
 
     def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
+
+    _jit_any_m = _jit
 
 
 CONTRACT = Contract(
@@ -58,6 +62,9 @@ CONTRACT = Contract(
     sizes={"K": Size(minimum=1, maximum=131072), "N": Size(minimum=1)},
     capability=(8, 0),
 )
+# A product, since torch divides by a number exactly on the CPU and by way of its reciprocal on CUDA; tokens of 16 bits
+# often hit ties, where the scale's last bit decides the integer.
+_PER_STEP = 1 / 127
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -133,16 +140,15 @@ def _cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) 
     if not HAS_TRITON:
         raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
     _require(x, weight, scale, bias)
-    shared_memory, reason = _cuda_facts(x.device)
-    if reason is not None:
+    if (reason := _missing_on(x.device)) is not None:
         raise missing_kernel(CONTRACT.operator, x.device, reason)
     with torch.cuda.device(x.device):
-        return launch(x, weight, scale, bias, shared_memory=shared_memory)
+        return launch(x, weight, scale, bias)
 
 
 def _row_scale(rows: Tensor) -> Tensor:
     """The step ``[..., 1]`` of each row; at least the least normal float, so that rows of zeros divide by no zero."""
-    return rows.abs().amax(-1, keepdim=True).div(127).clamp_min(_TINY)
+    return rows.abs().amax(-1, keepdim=True).mul(_PER_STEP).clamp_min(_TINY)
 
 
 def _require(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
@@ -163,7 +169,9 @@ def _cpu_block(tokens: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
     tokens32 = tokens.float().contiguous()
     scratch = tokens32.abs()
     nan = float("nan")
-    token_scale = scratch.amax(-1, True).div_(127).clamp_min_(_TINY).nan_to_num_(nan, nan)  # infinity gives NaN too
+    token_scale = (
+        scratch.amax(-1, True).mul_(_PER_STEP).clamp_min_(_TINY).nan_to_num_(nan, nan)
+    )  # infinity gives NaN too
     quantized = torch.div(tokens32, token_scale, out=scratch).round_().char()
     total = _integer_matmul(quantized, weight)
     # The conversion to float32 happens in the sum's own memory: fresh pages cost more than the arithmetic.
@@ -173,122 +181,108 @@ def _cpu_block(tokens: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
 
 
 def _integer_matmul(quantized: Tensor, weight: Tensor) -> Tensor:
-    """The exact int32 product ``[T, K] x [N, K]``, for finite rows of ``quantized`` within [-127, 127]."""
-    if _int_mm_is_exact():
-        return torch._int_mm(quantized, weight.t())
+    """The exact int32 product ``[T, K] x [N, K]``, for finite rows of ``quantized`` within [-127, 127].
+
+    ``torch._int_mm`` hands strides to oneDNN as leading dimensions. oneDNN rejects one that is less than the row (so
+    with K = 1, or a stride of 0), the rejection goes unnoticed, and the sum is uninitialised memory
+    (pytorch/pytorch#195066).
+    """
+    if quantized.shape[1] > 1 and _int_mm_is_exact_and_fast():
+        return torch._int_mm(_dense(quantized), _dense(weight).t())
     # 127 * 128 * 1024 < 2^24: float32 sums of this many terms are exact, whatever the order.
     blocks = zip(quantized.split(1024, -1), weight.split(1024, -1), strict=True)
-    total = torch.zeros(len(quantized), len(weight), dtype=torch.int32)
-    for rows, columns in blocks:
-        total += F.linear(rows.float(), columns.float()).int()
-    return total
+    return reduce(Tensor.add_, (F.linear(rows.float(), columns.float()).int() for rows, columns in blocks))
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride() == (matrix.shape[1], 1) else matrix.clone(memory_format=torch.contiguous_format)
 
 
 @cache
-def _int_mm_is_exact() -> bool:
-    """Whether this processor multiplies int8 without saturation.
+def _int_mm_is_exact_and_fast() -> bool:
+    """Whether int8 products run on VNNI here (Ice Lake, Zen 4 and later).
 
-    Without VNNI (before Ice Lake and Zen 4), oneDNN sums pairs of products in int16, and 127 * 127 * 64 comes out as
-    8160. Measured once, since what oneDNN picks depends on the processor, its own build and ONEDNN_MAX_CPU_ISA.
+    Without it, torch computes them in a plain loop, 17 times slower than float32; and where torch sees VNNI but oneDNN
+    was told not to use it (ONEDNN_MAX_CPU_ISA), oneDNN sums pairs of products in int16, and 127 * 127 * 64 comes out as
+    8160 (pytorch/pytorch#136746). So the largest sums are tried, too.
     """
-    worst = torch.tensor([127, -127, -128], dtype=torch.int8)[:, None].expand(3, 64)
-    for rows in (worst, worst.repeat(6, 1), worst[:1]):
-        if not torch.equal(
-            torch._int_mm(rows.contiguous(), worst.contiguous().t()).long(), rows.long() @ worst.long().t()
-        ):
-            return False
-    return True
+    if not torch.cpu.get_capabilities().get("avx512_vnni", False):
+        return False
+    worst = torch.tensor([127, -127, -128], dtype=torch.int8, device="cpu").repeat_interleave(64).view(3, 64)
+    exact = [torch.equal(torch._int_mm(rows, worst.t()), rows.int() @ worst.int().t()) for rows in (worst[:1], worst)]
+    return all(exact)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of one launch. ``fused`` quantizes the tokens inside the GEMM: one launch, for a few tokens."""
+    """Tile sizes of one launch of the GEMM kernel."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    fused: bool = False
 
 
-def choose_config(m: int, n: int, k: int, shared_memory: int = 101376) -> Config:
-    """Tiles for ``m`` tokens, ``n`` outputs, ``k`` inputs, on a device with that many bytes of shared memory a block.
+def choose_config(m: int, n: int, k: int) -> Config:
+    """Tiles for ``m`` tokens, ``n`` outputs, ``k`` inputs: the best of about 15 measured at each of 8 sizes on an H200.
 
-    The default is the least among the devices of capability 8.0 and above (99 KiB, sm_86 and sm_89).
+    All fit the 99 KiB of shared memory a block that sm_86 and sm_89 have, the least from capability 8.0 on. With 4096
+    inputs and outputs, GEMM and quantization, F.linear bf16 / this in microseconds: 16 tokens 14.3 / 11.8, 512 tokens
+    25.6 / 25.5, 4096 tokens 173.9 / 124.6 (with tiles of 128 x 256, 150). Layers of 576 are as short as a launch and
+    gain nothing: 512 tokens 576 -> 1536 5.8 / 8.9. One kernel that quantizes inside the GEMM was 2 to 3 times slower.
     """
-    aligned = k % 16 == 0  # else every byte is loaded by itself, and larger tiles spill registers
-    if m <= 16:
-        return Config(16, 16, 256 if aligned else 128, 4, 4, fused=True)
-    if not aligned:
+    if k % 16:  # every byte is loaded by itself, and larger tiles spill registers
         return Config(64, 64, 64, 4, 3)
+    if m <= 16:
+        return Config(16, 32, 256, 4, 4)
+    if m <= 32:
+        return Config(32, 32, 256, 4, 4)
     if m <= 64:
-        return Config(64, 32, 128, 4, 4)
+        return Config(64, 16, 256, 4, 4)
     if m * n <= 1 << 20:
         return Config(64, 64, 128, 4, 4)
-    if m * n <= 1 << 22 or shared_memory < 150_000:
-        return Config(128, 128, 128, 8, 3)
-    return Config(128, 256, 128, 8, 3)
+    if m * n <= 1 << 21:
+        return Config(64, 128, 128, 4, 3)
+    return Config(128, 128, 128, 8, 3)
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    *,
-    config: Config | None = None,
-    shared_memory: int = 101376,
-) -> Tensor:
-    """Run the Triton kernels, unchecked, on x's device (the CPU under TRITON_INTERPRET=1)."""
+def launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Run the two Triton kernels, arguments unchecked, on x's device (the CPU under TRITON_INTERPRET=1)."""
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     weight, scale = weight.contiguous(), scale.contiguous()
     (m, k), n = tokens.shape, len(weight)
     y = x.new_empty(m, n)
-    if m == 0:
-        return y.view(*x.shape[:-1], n)
-    config = config or choose_config(m, n, k, shared_memory)
-    tiles = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-    epilogue = (scale, scale if bias is None else bias.contiguous(), y, m, n, k, bias is not None)
-    if config.fused:
-        _fused_kernel[grid](tokens, weight, *epilogue, **tiles, **options)
-        return y.view(*x.shape[:-1], n)
-    quantized = torch.empty_like(tokens, dtype=torch.int8)
-    token_scale = torch.empty(m, dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(k), 4096)
-    _quantize_kernel[(m,)](tokens, quantized, token_scale, k, BLOCK_K=block, ONE_BLOCK=k <= block, num_warps=4)
-    _gemm_kernel[grid](quantized, token_scale, weight, *epilogue, **tiles, EVEN_K=k % config.block_k == 0, **options)
+    if m > 0:
+        quantized = torch.empty_like(tokens, dtype=torch.int8)
+        token_scale = torch.empty(m, dtype=torch.float32, device=x.device)
+        block = min(triton.next_power_of_2(k), 4096)
+        _quantize_kernel[(m,)](tokens, quantized, token_scale, k, BLOCK_K=block, ONE_BLOCK=k <= block)
+        config = choose_config(m, n, k)
+        _gemm_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
+            quantized, token_scale, weight, scale, scale if bias is None else bias.contiguous(), y, m, n, k,
+            HAS_BIAS=bias is not None, EVEN_K=k % config.block_k == 0,
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return y.view(*x.shape[:-1], n)
 
 
 @cache
-def _cuda_facts(device: torch.device) -> tuple[int, str | None]:
-    properties = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin, CONTRACT.check_device(device)
+def _missing_on(device: torch.device) -> str | None:
+    return CONTRACT.check_device(device)
 
 
 @_jit
 def _step(amax, poison):
     """The quantization step of rows, or NaN where ``poison`` (the sum of v - v) says that one holds NaN or infinity."""
-    return tl.maximum(tl.div_rn(amax, 127.0), 1.1754943508222875e-38) + poison
+    return tl.maximum(amax * 0.007874015748031496, 1.1754943508222875e-38) + poison
 
 
 @_jit
 def _round(v, step):
     # Adding and subtracting 1.5 * 2^23 rounds half to even, like torch.round, also in the interpreter (no libdevice).
     return ((tl.div_rn(v, step) + 12582912.0) - 12582912.0).to(tl.int8)
-
-
-@_jit
-def _epilogue(total, step, scale, bias, y, rows, columns, M, N, HAS_BIAS: tl.constexpr):
-    result = total.to(tl.float32) * tl.load(scale + columns, mask=columns < N, other=0.0)[None, :] * step[:, None]
-    if HAS_BIAS:
-        result += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    pointers = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(pointers, result.to(y.dtype.element_ty), mask=mask)
 
 
 @_jit
@@ -314,7 +308,7 @@ def _quantize_kernel(x, quantized, token_scale, K, BLOCK_K: tl.constexpr, ONE_BL
     tl.store(token_scale + row, step)
 
 
-@_jit
+@_jit_any_m
 def _gemm_kernel(
     quantized, token_scale, weight, scale, bias, y, M, N, K,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
@@ -340,36 +334,11 @@ def _gemm_kernel(
             total = tl.dot(a, tl.load(right, mask=(ks < K - start)[:, None], other=0), total, out_dtype=tl.int32)
         left += BLOCK_K
         right += BLOCK_K
-    step = tl.load(token_scale + rows % M)
-    _epilogue(total, step, scale, bias, y, rows, columns, M, N, HAS_BIAS)
-
-
-@_jit
-def _fused_kernel(
-    x, weight, scale, bias, y, M, N, K,
-    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One tile of y a program, which reads its tokens twice: for the step, then to quantize and multiply."""
-    program = tl.program_id(0)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    rows = program // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = program % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    ks = tl.arange(0, BLOCK_K)
-    tokens = x + (rows % M).to(tl.int64)[:, None] * K + ks[None, :]
-    right = weight + (columns % N).to(tl.int64)[None, :] * K + ks[:, None]
-    amax = tl.zeros([BLOCK_M], tl.float32)
-    poison = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        v = tl.load(tokens + start, mask=(ks < K - start)[None, :], other=0.0).to(tl.float32)
-        amax = tl.maximum(amax, tl.max(tl.abs(v), 1))
-        poison += tl.sum(v - v, 1)
-    step = _step(amax, poison)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-    for start in range(0, K, BLOCK_K):
-        v = tl.load(tokens + start, mask=(ks < K - start)[None, :], other=0.0).to(tl.float32)
-        b = tl.load(right + start, mask=(ks < K - start)[:, None], other=0)
-        total = tl.dot(_round(v, step[:, None]), b, total, out_dtype=tl.int32)
-    _epilogue(total, step, scale, bias, y, rows, columns, M, N, HAS_BIAS)
+    result = total.to(tl.float32) * tl.load(scale + columns % N)[None, :] * tl.load(token_scale + rows % M)[:, None]
+    if HAS_BIAS:
+        result += tl.load(bias + columns % N).to(tl.float32)[None, :]
+    pointers = y + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(pointers, result.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
 register(torch.ops.graphwright.int8_linear.default, reference, CONTRACT)

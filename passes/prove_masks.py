@@ -1,7 +1,7 @@
 """Replace masks by what they were proved to be.
 
     sdpa(q, k, v, mask)        becomes        sdpa(q, k, v)                      where the mask keeps everything
-                               becomes        sdpa(q, k, v, is_causal=True)      where it is i >= j on as many keys as queries
+                               becomes        sdpa(q, k, v, is_causal=True)      where it keeps key j for query i >= j
 
 The proof is in `patterns/masks.py`. A kernel that is told "causal" skips half of the work; one that is given the same
 mask as a tensor does all of it, and more. Exact.
@@ -39,7 +39,8 @@ class ProveMasks(Pass):
                 continue
             queries, keys = shape_of(args["query"])[-2], shape_of(args["key"])[-2]
             fact = analyse_mask(edit.view, args["attn_mask"], queries, keys)
-            if fact.kind not in ("always", "causal") or fact.window is not None or fact.padding is not None:
+            causal = fact.kind in ("causal", "causal_top_left")
+            if not (causal or fact.kind == "always") or fact.window is not None or fact.padding is not None:
                 continue
             attention = edit.call(
                 SDPA,
@@ -48,7 +49,7 @@ class ProveMasks(Pass):
                 args["value"],
                 None,
                 0.0,
-                fact.kind == "causal",
+                causal,
                 scale=args["scale"],
                 enable_gqa=args["enable_gqa"],
                 like=node,

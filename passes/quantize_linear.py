@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 
 from ..kernels import int8_linear
-from ..patterns.graph import dtype_of, shape_of
+from ..kernels.contract import Spec
+from ..patterns.graph import shape_of
 from ..patterns.linear import LinearSite
 from .base import SitePass
 from .edit import Edit
@@ -27,7 +28,13 @@ class QuantizeLinear(SitePass[LinearSite]):
 
     def guard(self, site: LinearSite, edit: Edit) -> str | None:
         """The contract of `graphwright::int8_linear`."""
-        return int8_linear.CONTRACT.check(dtype=dtype_of(site.input), in_features=site.in_features)
+        rows, columns = site.out_features, site.in_features
+        return int8_linear.CONTRACT.check(
+            x=site.input.meta["val"],
+            weight=Spec((rows, columns), torch.int8),
+            scale=Spec((rows,), torch.float32),
+            bias=None if site.bias is None else site.bias.meta["val"],
+        )
 
     def rewrite(self, site: LinearSite, edit: Edit) -> None:
         """Store the quantized weight and call the operator."""

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from ..patterns.attention_forms import SDPA, AttentionForm, MaskTerm, Operand, match_attention
-from ..patterns.graph import Refusal, arguments, aten, dtype_of, shape_of
+from ..patterns.graph import RESHAPES, Refusal, arguments, aten, dtype_of, same_shape, shape_of
 from .base import Pass, PassResult
 from .edit import Edit
 
@@ -72,6 +72,9 @@ def _rewrite(edit: Edit, form: AttentionForm) -> None:
     if flat:
         result = edit.call(aten.squeeze.dim, result, 0, like=output)
     elif len(shape_of(output)) == 3:
+        for user in list(output.users):
+            if user.target in RESHAPES and same_shape(shape_of(user), shape_of(attention)):
+                edit.replace(user, attention)
         result = edit.call(aten.flatten.using_ints, result, 0, 1, like=output)
     if dtype_of(result) != dtype_of(output):
         result = edit.call(aten.to.dtype, result, dtype_of(output), like=output)

@@ -2,6 +2,7 @@
 
     x ── view ── mm(permute(W)) ── view ── y            becomes     x ── linear(W) ── y
     x ── view ── addmm(b, ·, permute(W)) ── view ── y   becomes     x ── linear(W, b) ── y
+    x ── bmm(expand(permute(W))) ── add(b) ── y         becomes     x ── linear(W, b) ── y
 
 Programs that went through the default decompositions hold the left side. Exact.
 """
@@ -16,8 +17,6 @@ from torch.fx import Node
 from ..patterns.graph import RESHAPES, aten, is_call, same_shape, shape_of
 from .base import Pass, PassResult
 from .edit import Edit
-
-_TRANSPOSES = (aten.t.default, aten.permute.default, aten.transpose.int)
 
 
 @dataclass(frozen=True)
@@ -34,45 +33,72 @@ class RaiseLinear(Pass):
         changed = 0
         for node in list(edit.graph.nodes):
             if is_call(node, aten.mm.default):
-                (rows, transposed), bias = node.args, None
+                found = _rows(edit, node, *node.args)
             elif is_call(node, aten.addmm.default) and not node.kwargs:
-                bias, rows, transposed = node.args
+                found = _rows(edit, node, node.args[1], node.args[2], node.args[0])
+            elif is_call(node, aten.bmm.default):
+                found = _batched(edit, node)
             else:
                 continue
-            weight = _transposed_weight(edit, transposed)
-            if weight is None or (bias is not None and not (isinstance(bias, Node) and len(shape_of(bias)) == 1)):
-                continue
-            assert isinstance(rows, Node)
-            changed += 1
-            source, output = _unflattened(rows, node)
-            linear = edit.call(aten.linear.default, source, weight, *([bias] if bias is not None else []), like=node)
-            edit.replace(output, linear)
+            changed += found
         return PassResult(changed)
 
 
+def _rows(edit: Edit, product: Node, rows: object, transposed: object, bias: object = None) -> bool:
+    """Rewrite a 2-D product; the linear is put before the fold into rows, where there is one."""
+    weight = _transposed_weight(edit, transposed)
+    if weight is None or not isinstance(rows, Node) or not (bias is None or _is_vector(bias)):
+        return False
+    source = rows.args[0] if is_call(rows, *RESHAPES) else rows
+    assert isinstance(source, Node)
+    if not same_shape(shape_of(source)[-1:], shape_of(rows)[-1:]):
+        source = rows
+    linear = edit.call(aten.linear.default, source, weight, *([] if bias is None else [bias]), like=product)
+    if source is not rows:
+        for user in list(product.users):
+            if user.target in RESHAPES and len(user.args) == 2:
+                same = same_shape(shape_of(user), shape_of(linear))
+                shaped = linear if same else edit.call(aten.reshape.default, linear, user.args[1], like=user)
+                edit.replace(user, shaped)
+        linear = edit.call(aten.reshape.default, linear, [-1, shape_of(product)[-1]], like=product)
+    edit.replace(product, linear)
+    return True
+
+
+def _batched(edit: Edit, product: Node) -> bool:
+    """Rewrite a batched product with one weight for the whole batch, and the bias that is added after it."""
+    source, expanded = product.args[:2]
+    if not is_call(expanded, aten.expand.default):
+        return False
+    assert isinstance(expanded, Node)
+    weight = _transposed_weight(edit, expanded.args[0])
+    if weight is None:
+        return False
+    bias, output = None, product
+    users = list(product.users)
+    if len(users) == 1 and is_call(users[0], aten.add.Tensor) and not users[0].kwargs:
+        other = users[0].args[1] if users[0].args[0] is product else users[0].args[0]
+        if _is_vector(other) and same_shape(shape_of(other), shape_of(product)[-1:]):  # pyright: ignore[reportArgumentType]
+            bias, output = other, users[0]
+    linear = edit.call(aten.linear.default, source, weight, *([] if bias is None else [bias]), like=output)
+    edit.replace(output, linear)
+    return True
+
+
+def _is_vector(node: object) -> bool:
+    return isinstance(node, Node) and len(shape_of(node)) == 1
+
+
 def _transposed_weight(edit: Edit, node: object) -> Node | None:
-    if not is_call(node, *_TRANSPOSES):
+    """The weight [N, K] whose transpose a node is."""
+    if not is_call(node, aten.t.default, aten.permute.default, aten.transpose.int):
         return None
     assert isinstance(node, Node)
-    swaps = node.target is aten.t.default or sorted(arg % 2 for arg in _dims(node)) == [0, 1]
     weight = node.args[0]
-    if swaps and isinstance(weight, Node) and len(shape_of(weight)) == 2 and edit.view.is_weight(weight):
-        return weight if _dims(node) != [0, 1] or node.target is not aten.permute.default else None
-    return None
-
-
-def _dims(node: Node) -> list[int]:
-    dims = node.args[1] if node.target is aten.permute.default else node.args[1:]
-    return [int(dim) for dim in dims]  # pyright: ignore[reportGeneralTypeIssues, reportArgumentType, reportOptionalIterable]
-
-
-def _unflattened(rows: Node, product: Node) -> tuple[Node, Node]:
-    """Input and output before and after the batch was folded into rows, where it was; else the product's own."""
-    users = list(product.users)
-    if not (is_call(rows, *RESHAPES) and len(users) == 1 and is_call(users[0], *RESHAPES)):
-        return rows, product
-    source, output = rows.args[0], users[0]
-    assert isinstance(source, Node)
-    before, after = shape_of(source), shape_of(output)
-    features = same_shape(before[:-1], after[:-1]) and same_shape(before[-1:], shape_of(rows)[-1:])
-    return (source, output) if features and same_shape(after[-1:], shape_of(product)[-1:]) else (rows, product)
+    if not isinstance(weight, Node) or len(shape_of(weight)) != 2 or not edit.view.is_weight(weight):
+        return None
+    if node.target is aten.permute.default:
+        return weight if [dim % 2 for dim in node.args[1]] == [1, 0] else None  # pyright: ignore[reportGeneralTypeIssues, reportOperatorIssue, reportOptionalIterable]
+    if node.target is aten.transpose.int:
+        return weight if node.args[1] % 2 != node.args[2] % 2 else None  # pyright: ignore[reportOperatorIssue]
+    return weight

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from torch.fx import Node
 
 from .attention_forms import SDPA, SOFTMAX, match_attention
-from .graph import VIEWS, GraphView, Refusal, arguments, aten, dtype_of, is_call, same_size, shape_of
+from .graph import VIEWS, GraphView, Refusal, arguments, aten, dtype_of, is_call, is_size, same_size, shape_of
 from .masks import MaskFact, analyse_mask
 from .site import Found, Ordinals, Site
 
@@ -154,5 +154,5 @@ def _projected_from(node: Node) -> set[Node]:
                 assert isinstance(source, Node)
             found.add(source)
             continue
-        stack.extend(parent for parent in current.all_input_nodes if shape_of(parent))
+        stack.extend(parent for parent in current.all_input_nodes if not is_size(parent))
     return found

@@ -163,11 +163,12 @@ class GraphView:
         return re.sub(r"^L\['self'\]\.?|^_export_root\.?|^getattr_L__self___", "", path)
 
     def source(self, node: Node) -> str:
-        """`file.py:line code` of the innermost frame of the model, "" where it is unknown."""
+        """`file.py:line code` of the innermost frame that is the model's own, "" where it is unknown."""
         frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]+\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
         if not frames:
             return ""
-        path, line, code = frames[-1]
+        own = [frame for frame in frames if "/torch/nn/" not in frame[0]]
+        path, line, code = (own or frames)[-1]
         return f"{path.rsplit('/', 1)[-1]}:{line} {code.strip()}"
 
     def refuse(self, node: Node, reason: str, *, depth: int = 0, **facts: object) -> Refusal:

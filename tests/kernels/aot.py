@@ -3,8 +3,9 @@
     made = compile_kernels([Request("graphwright.kernels.int8_linear:_gemm_kernel", signature, constants, sm=90)])[0]
     assert made.spills == 0 and "wgmma" in made.ptx
 
-One process either interprets or compiles (Triton binds its library functions once, at import), so compiling happens in a
-process of its own, in which TRITON_INTERPRET is unset: this file, run with the requests as JSON on its standard input.
+One process either interprets or compiles (Triton binds its library functions once, at import), so compiling happens
+in a process of its own, in which TRITON_INTERPRET is unset: this file, run with the requests as JSON on its standard
+input.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MAX_REGISTERS = 255
 
 @dataclass(frozen=True)
 class Request:
-    """A kernel by ``module:name``, the Triton type of each argument, its constexpr values, and the options of the launch.
+    """A kernel by ``module:name``, the Triton types of its arguments, its constexpr values, and the launch options.
 
     Pointers are taken as 16-byte aligned, which torch's allocator gives, and the sizes named in ``aligned`` as
     multiples of 16; Triton specialises a launch in the same way.
@@ -107,7 +108,8 @@ def _assemble(ptx: str) -> tuple[int, int]:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.findall(r"(\d+) bytes spill", said)
-    assert registers is not None and spills, said
+    assert registers is not None, said
+    assert spills, said
     return int(registers[1]), sum(map(int, spills))
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
 from graphwright.errors import InvalidArgument, MissingKernel
 from graphwright.kernels.contract import FLOATS, Argument, Contract, Operator, Size, Spec, missing_kernel
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 ATTENTION = Contract(
     "attention",
@@ -16,7 +15,12 @@ ATTENTION = Contract(
         "key": Argument("B G M D", FLOATS),
         "mask": Argument("... N M", (torch.bool,), optional=True),
     },
-    sizes={"D": Size(one_of=(64, 128)), "H": Size(multiple_of="G"), "M": Size(minimum=1, maximum=4096), "block": Size(16)},
+    sizes={
+        "D": Size(one_of=(64, 128)),
+        "H": Size(multiple_of="G"),
+        "M": Size(minimum=1, maximum=4096),
+        "block": Size(16),
+    },
 )
 QUERY = Spec((2, 8, 5, 64), torch.float16)
 KEY = Spec((2, 4, 7, 64), torch.float16)
@@ -42,7 +46,10 @@ def test_accepts(arguments):
     [
         ({"query": QUERY}, "got key=None, expected a tensor [B G M D]"),
         ({"query": 3, "key": KEY}, "got query=3, expected a tensor [B H N D]"),
-        ({"query": QUERY, "key": KEY, "value": KEY}, "got an argument value, expected query, key, mask, D, H, M, block"),
+        (
+            {"query": QUERY, "key": KEY, "value": KEY},
+            "got an argument value, expected query, key, mask, D, H, M, block",
+        ),
         (
             {"query": Spec(QUERY.shape, torch.int8), "key": KEY},
             "got query of torch.int8, expected torch.float32 or torch.float16 or torch.bfloat16",

@@ -7,13 +7,12 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from graphwright.errors import InvalidArgument, MissingKernel
 from graphwright.kernels import int8_linear as module
 from graphwright.kernels.contract import FLOATS, OPERATORS
 from graphwright.kernels.int8_linear import int8_linear, quantize_per_channel, reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from .interpreter import Call, call_with
 from .oracle import assert_within_rounding, make_case
@@ -78,6 +77,13 @@ def test_any_leading_dimensions_and_strides():
     assert torch.equal(int8_linear(x[7], weight, scale, bias), y[7])
     assert torch.equal(int8_linear(x.T.contiguous().T, weight.T.contiguous().T, scale, bias), y)
     assert torch.equal(int8_linear(x[::2], weight[::2], scale[::2], bias[::2]), y[::2, ::2])
+    # The stride of a dimension of size 1 may be anything, and a broadcast one is 0.
+    assert torch.equal(int8_linear(x[:1].as_strided((1, 24), (0, 1)), weight, scale, bias), y[:1])
+    assert torch.equal(int8_linear(x, weight[:1].as_strided((1, 24), (0, 1)), scale[:1], bias[:1]), y[:, :1])
+    same = weight[:1].expand(8, -1)
+    assert torch.equal(
+        int8_linear(x[:1].expand(5, -1), same, scale), int8_linear(x[:1], same.clone(), scale).expand(5, -1)
+    )
     assert int8_linear(x.new_empty(4, 0, 24), weight, scale, bias).shape == (4, 0, 8)
 
 

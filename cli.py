@@ -1,0 +1,196 @@
+"""The command line: each command is a thin layer over a public function.
+
+Errors that graphwright raises on purpose are printed in one line and end with status 2; ctrl-C ends with status 130.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import GraphwrightError, InvalidArgument
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+_console = Console()
+
+Model = Annotated[Path, typer.Argument(help="A .pt2 file written by torch.export.save.")]
+Saved = Annotated[Path, typer.Argument(help="A .gw file written by Program.save.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Let torch unpickle the file's sample inputs, which can run code.")
+]
+
+
+@app.command()
+def inspect(model: Model, as_json: AsJson = False, trust: Trust = False) -> None:
+    """List the sites of an exported program: attention, linears, caches, norms, and what nearly was one."""
+    from .capture import capture
+    from .optimize import inspect as find
+    from .report import dump_json
+
+    inspection = find(capture(model, trust=trust))
+    print(dump_json(inspection)) if as_json else _console.print(inspection)
+
+
+@app.command()
+def optimize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the .gw program.")],
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="A method, as name or name:option=value,option=value.")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="Replay this profile instead.")] = None,
+    save_profile: Annotated[Path | None, typer.Option(help="Also write the profile here.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Budget: largest relative L2 error of the output.")] = None,
+    keep: Annotated[str, typer.Option(help="'faster', or 'smaller' to keep variants for their memory.")] = "faster",
+    as_json: AsJson = False,
+    trust: Trust = False,
+) -> None:
+    """Rewrite an exported program and save the result."""
+    from .capture import capture
+    from .optimize import optimize as run
+    from .profiles.budget import Budget
+    from .report import dump_json
+
+    _check_writable(output)
+    methods = [_parse_method(text) for text in method or ()]
+    budget = None if max_error is None else Budget(max_error=max_error)
+    program = run(capture(model, trust=trust), methods=methods, profile=profile, budget=budget, keep=keep)  # pyright: ignore[reportArgumentType]
+    program.save(output)
+    if save_profile is not None:
+        program.profile.save(save_profile)
+    report = program.report()
+    print(dump_json(report)) if as_json else _console.print(report)
+
+
+@app.command()
+def report(
+    program: Saved,
+    as_json: AsJson = False,
+    site: Annotated[str | None, typer.Option(help="Explain this site instead.")] = None,
+) -> None:
+    """Show what was done to a saved program, and why."""
+    from .report import dump_json
+    from .program_file import load
+
+    loaded = load(program)
+    if site is not None:
+        print(loaded.explain(site))
+        return
+    print(dump_json(loaded.report())) if as_json else _console.print(loaded.report())
+
+
+@app.command()
+def diff(program: Saved, phase: Annotated[str, typer.Option(help="Which phase; the first by default.")] = "") -> None:
+    """Show a phase's graph before and after the lossy rewrites."""
+    from .program_file import load
+
+    loaded = load(program)
+    print(loaded.diff(phase or next(iter(loaded.phases))))
+
+
+@app.command()
+def bench(
+    which: Annotated[str, typer.Argument(help="Which table; 'spine' measures SmolLM2 and the int8 linear.")] = "spine",
+    as_json: AsJson = False,
+    quick: Annotated[bool, typer.Option(help="Fewer repeats and shorter texts; figures are rougher.")] = False,
+) -> None:
+    """Measure the figures of benchmarks/README.md anew: one thread, A and B in turn, minima."""
+    from .benchmarks.run import run_table
+
+    run_table(which, as_json=as_json, quick=quick, console=_console)
+
+
+@app.command()
+def demo(
+    layers: Annotated[int | None, typer.Option(help="Use only this many layers of the model.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens for the perplexity.")] = 4,
+) -> None:
+    """Optimize SmolLM2-135M with Int8: report, text, perplexity, bytes and tokens per second before and after."""
+    from .examples.demo import run_demo
+
+    run_demo(_console, layers=layers, windows=windows)
+
+
+@app.command()
+def methods() -> None:
+    """List the methods with their options."""
+    from rich.table import Table
+
+    from .profiles.method import methods as known
+
+    table = Table("method", "rewrites", "options", "reference")
+    for name, kind in known().items():
+        options = ", ".join(f"{field}={info.default!r}" for field, info in kind.model_fields.items())
+        table.add_row(name, kind.rewrites, options, kind.reference)
+    _console.print(table)
+
+
+def _parse_method(text: str) -> Any:
+    """`int8:roles=[q,k],skip=[]` to a method; values are JSON, bare words are strings."""
+    from .profiles.method import method_named
+
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in _split(rest):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise InvalidArgument(f"method option {part!r} is not name=value")
+        options[key.strip()] = _parse_value(value.strip())
+    return method_named(name, options)
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas that are outside brackets."""
+    parts, depth, start = [], 0, 0
+    for position, character in enumerate(text):
+        depth += (character in "[(") - (character in "])")
+        if character == "," and depth == 0:
+            parts.append(text[start:position])
+            start = position + 1
+    return [part for part in (*parts, text[start:]) if part]
+
+
+def _parse_value(text: str) -> Any:
+    if text.startswith(("[", "(")):
+        return tuple(_parse_value(item.strip()) for item in _split(text[1:-1]))
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse an output folder that is not there before minutes of work, not after."""
+    from .errors import InvalidFile
+
+    if not path.parent.is_dir():
+        raise InvalidFile(f"{path}: there is no folder {path.parent}")
+
+
+def main() -> None:
+    """Entry point of the `graphwright` command."""
+    try:
+        app(standalone_mode=False)
+    except GraphwrightError as error:
+        print(f"graphwright: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("graphwright: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (typer.Exit, SystemExit) as stop:
+        sys.exit(getattr(stop, "exit_code", getattr(stop, "code", 0)))
+    except typer.Abort:
+        print("graphwright: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.startswith(("click", "typer")):
+            message = getattr(error, "format_message", lambda: str(error))()
+            print(f"graphwright: {message}", file=sys.stderr)
+            sys.exit(2)
+        raise

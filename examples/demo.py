@@ -1,0 +1,95 @@
+"""What `make demo` runs: SmolLM2-135M before and after Int8, with its quality, bytes and speed beside each other."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import graphwright as gw
+from graphwright.benchmarks.spine import program_perplexity
+from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
+from graphwright.examples.perplexity import read_text, token_windows
+
+QUESTION = "Explain in two sentences why the sky is blue."
+ANSWER_TOKENS = 40
+
+
+def run_demo(console: Console, *, layers: int | None = None, windows: int = 4) -> None:
+    """Optimize, report, generate, measure.
+
+    Args:
+        console: Where to print.
+        layers: Use only this many layers of the model.
+        windows: Windows of 512 tokens for the perplexity.
+    """
+    started = time.perf_counter()
+    console.rule("SmolLM2-135M-Instruct, dynamic int8")
+    with console.status("loading the model"):
+        model, tokenizer = load_smollm2(layers=layers), load_tokenizer()
+        calibration = token_windows(tokenizer, read_text("calibration"), 256, 5)
+        evaluation = token_windows(tokenizer, read_text("evaluation"), 512, windows)
+        prompt = _prompt(tokenizer)
+    with console.status("capturing: torch.export, then the canonical dialect"):
+        captured = gw.capture_causal_lm(model, max_cache_len=1024)
+        before = gw.optimize(captured)
+        del model
+
+    def quality(program: gw.Program) -> float:
+        return -torch.tensor(program_perplexity(program, calibration[:4], progress=False)).log().item()
+
+    budget = gw.Budget(evaluate=quality, max_drop=0.006, probes=16)
+    after = gw.optimize(captured, methods=[gw.Int8()], calibration=[calibration[4:]], budget=budget)
+    console.print(after.report())
+
+    table = Table("", "before", "after", "", title="measured in this run", title_justify="left")
+    rows = _measure(console, before, after, prompt, evaluation)
+    for name, low, high, note in rows:
+        table.add_row(name, low, high, note)
+    console.print(table)
+    for name, program in (("before", before), ("after", after)):
+        tokens = program.generate(prompt, ANSWER_TOKENS, eos_token_id=tokenizer.eos_token_id)
+        text = tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
+        console.print(f"[bold]{name}[/bold]: {QUESTION} {text.strip()}")
+    console.print(f"{time.perf_counter() - started:.0f} s in all")
+
+
+def _prompt(tokenizer: Any) -> Tensor:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, tokenize=False
+    )
+    return torch.tensor([tokenizer(text)["input_ids"]])
+
+
+def _measure(
+    console: Console, before: gw.Program, after: gw.Program, prompt: Tensor, evaluation: Tensor
+) -> list[tuple[str, str, str, str]]:
+    with console.status("measuring perplexity"):
+        low, high = (program_perplexity(program, evaluation) for program in (before, after))
+    size, small = before.weight_bytes() / 1e6, after.weight_bytes() / 1e6
+    rows = [
+        ("perplexity", f"{low:.2f}", f"{high:.2f}", f"{high / low - 1:+.2%}"),
+        ("weights", f"{size:.0f} MB", f"{small:.0f} MB", f"{size / small:.2f}x smaller"),
+    ]
+    text = evaluation[:1]
+    position, step = torch.arange(text.shape[1]), torch.tensor([prompt.shape[1]])
+    with console.status("measuring speed"):
+        prefill = _in_turn(lambda p: p(text, position), before, after, 3)
+        decode = _in_turn(lambda p: p(text[:, :1], step), before, after, 8)
+    for name, tokens, times in (("prefill of 512 tokens", text.shape[1], prefill), ("decode", 1, decode)):
+        first, second = times
+        rows.append(
+            (name, f"{tokens / first:.1f} tokens/s", f"{tokens / second:.1f} tokens/s", f"{first / second:.2f}x faster")
+        )
+    return rows
+
+
+def _in_turn(run: Any, before: gw.Program, after: gw.Program, rounds: int) -> tuple[float, float]:
+    from graphwright.benchmarks.timing import interleaved
+
+    best = interleaved({"before": lambda: run(before), "after": lambda: run(after)}, rounds)
+    return best["before"], best["after"]

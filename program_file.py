@@ -1,0 +1,85 @@
+"""A program as one `.gw` file, and back. Nothing that is loaded may run code: the archive holds data only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from .archive import Contents, read_archive, write_archive
+from .errors import InvalidFile
+from .passes.base import pass_named
+from .passes.manager import PassRecord
+from .patterns.graph import Refusal
+from .phases import Phase, PhasePlan
+from .profiles.profile import Profile
+from .program import History, Program
+from .torch_private import pytree
+
+
+def save(program: Program, path: str | Path) -> None:
+    """Write a program.
+
+    Raises:
+        InvalidFile: The path cannot be written.
+    """
+    history = program.history
+    document = {
+        "inputs": list(program.inputs),
+        "kind": program.kind,
+        "facts": program.facts,
+        "plans": [phase.plan.model_dump(mode="json") for phase in program.phases.values()],
+    }
+    documents: dict[str, Any] = {
+        "program": document,
+        "profile": program.profile.model_dump(mode="json"),
+        "history": {
+            "passes": [asdict(record) for record in history.passes],
+            "refusals": history.refusals,
+            "before": history.before,
+            "measured": history.measured,
+        },
+        "report": program.report().to_json(),
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, phase in program.phases.items():
+        for position, leaf in enumerate(pytree.tree_leaves(phase.exported.example_inputs or ())):
+            if isinstance(leaf, Tensor):
+                tensors[f"example.{name}.{position}"] = leaf
+    write_archive(path, Contents({n: p.exported for n, p in program.phases.items()}, documents, tensors))
+
+
+def load(path: str | Path) -> Program:
+    """Read a program that `Program.save` wrote.
+
+    Args:
+        path: A `.gw` file.
+
+    Returns:
+        The program; its weights are mapped from the file, so the file must stay as it is while the program is used.
+
+    Raises:
+        InvalidFile: The file is missing, foreign, truncated, or holds something that a program does not.
+    """
+    pass_named("quantize_linear")  # Importing the passes registers every graphwright operator.
+    contents = read_archive(path)
+    try:
+        document, stored = contents.documents["program"], contents.documents["history"]
+        plans = [PhasePlan.model_validate(plan) for plan in document["plans"]]
+        phases = [Phase(plan, contents.phases[plan.name]) for plan in plans]
+        history = History(
+            [_record(values) for values in stored["passes"]], stored["refusals"], stored["before"], stored["measured"]
+        )
+        profile = Profile.parse(contents.documents["profile"], str(path))
+        inputs, kind, facts = tuple(document["inputs"]), str(document["kind"]), dict(document["facts"])
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise InvalidFile(f"{path}: not a graphwright program: {type(error).__name__}: {error}") from error
+    return Program(phases, inputs, kind, facts, profile, history)
+
+
+def _record(values: dict[str, Any]) -> PassRecord:
+    refusals = tuple(Refusal(**refusal) for refusal in values.pop("refusals"))
+    return PassRecord(**values, refusals=refusals)
