@@ -75,8 +75,8 @@ def report(
     site: Annotated[str | None, typer.Option(help="Explain this site instead.")] = None,
 ) -> None:
     """Show what was done to a saved program, and why."""
-    from .report import dump_json
     from .program_file import load
+    from .report import dump_json
 
     loaded = load(program)
     if site is not None:
@@ -190,7 +190,8 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")):
-            message = getattr(error, "format_message", lambda: str(error))()
+            format_message = getattr(error, "format_message", None)
+            message = format_message() if format_message is not None else str(error)
             print(f"graphwright: {message}", file=sys.stderr)
             sys.exit(2)
         raise

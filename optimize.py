@@ -293,7 +293,7 @@ def _build(prepared: Prepared, profile: Profile) -> Program:
         before[phase.name] = graph_text(exported)
         rewriting = apply_decisions(exported, phase.name, profile.decisions, prepared.shared)
         rewriting.commit()
-        status |= {site: ("kept", "") for site in rewriting.changes}
+        status |= dict.fromkeys(rewriting.changes, ("kept", ""))
         status |= {site: ("failed", reason) for site, reason in rewriting.failed.items()}
         phases.append(Phase(phase.plan, exported))
     decisions = [

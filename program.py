@@ -264,8 +264,8 @@ class Program:
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for phase in self.phases.values()
-            for name, tensor in phase.exported.state_dict.items()
-            if name not in state
+            for name, tensor in {**phase.exported.constants, **phase.exported.state_dict}.items()
+            if name not in state and isinstance(tensor, Tensor)
         }
         return sum(storages.values())
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from .archive import Contents, read_archive, write_archive
+from .archive.container import Contents, read_archive, write_archive
 from .errors import InvalidFile
 from .passes.base import pass_named
 from .passes.manager import PassRecord

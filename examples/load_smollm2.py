@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
 from graphwright.errors import InvalidArgument, MissingExtra
 from graphwright.examples.extra import demo_extra
-from torch import Tensor
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor

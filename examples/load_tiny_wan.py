@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from graphwright.examples.extra import demo_extra
 from safetensors.torch import load_file
 from torch import Tensor
+
+from graphwright.examples.extra import demo_extra
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from graphwright.errors import InvalidArgument
-from graphwright.progress import Progress
 from torch import Tensor
 from torch.nn import functional
+
+from graphwright.errors import InvalidArgument
+from graphwright.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

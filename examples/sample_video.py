@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from graphwright.errors import InvalidArgument
 from graphwright.examples.extra import demo_extra
 from graphwright.progress import Progress
-from torch import Tensor
-from torch.nn import functional
 
 _LATENT_SCALE = 1.6
 _LATENT_STRIDE = 2

@@ -115,13 +115,15 @@ def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) 
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@int8_linear.register_kernel("cpu")
 def _cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Integer GEMM between a few elementwise passes, over blocks of tokens whose temporaries stay in the cache.
 
-    One thread of a Zen 4 core, F.linear fp32 / bf16 / this, microseconds: 512 tokens 576 -> 1536 9120 / 4620 / 2490;
-    2048^3 171500 / 77300 / 48500; one token 576 -> 1536 70 / 108 / 36. Without blocks, 4096 tokens took 45 ms, not 22;
-    with blocks of 128, 2048^3 took 54 ms, since oneDNN packs the weight anew for each.
+    One thread of a Zen 4 core, F.linear fp32 / bf16 / this operator, microseconds: 512 tokens 576 -> 1536 8910 / 4350 /
+    2590; 2048^3 181000 / 79300 / 47400; one token 576 -> 1536 69 / 84 / 52. Without blocks, 4096 tokens took 45 ms, not
+    22; with blocks of 128, 2048^3 took 54 ms, since oneDNN packs the weight anew for each. The dozen small operators
+    and the dispatch take 30 us, so one token through a small layer loses to fp32: 576 -> 576 27 / 42 / 37, 576 -> 192
+    9 / 23 / 32. Of the other ways to multiply one token by 576 x 576, onednn.qlinear_pointwise with u8 tokens takes 33
+    and _weight_int8pack_mm in bf16 20, where _int_mm takes 7.
     """
     _require(x, weight, scale, bias)
     tokens = x.reshape(-1, x.shape[-1])
@@ -135,7 +137,6 @@ def _cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -
     return y.view(*x.shape[:-1], len(weight))
 
 
-@int8_linear.register_kernel("cuda")
 def _cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     if not HAS_TRITON:
         raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
@@ -169,9 +170,8 @@ def _cpu_block(tokens: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
     tokens32 = tokens.float().contiguous()
     scratch = tokens32.abs()
     nan = float("nan")
-    token_scale = (
-        scratch.amax(-1, True).mul_(_PER_STEP).clamp_min_(_TINY).nan_to_num_(nan, nan)
-    )  # infinity gives NaN too
+    token_scale = scratch.amax(-1, True).mul_(_PER_STEP).clamp_min_(_TINY)
+    token_scale.nan_to_num_(nan, posinf=nan)
     quantized = torch.div(tokens32, token_scale, out=scratch).round_().char()
     total = _integer_matmul(quantized, weight)
     # The conversion to float32 happens in the sum's own memory: fresh pages cost more than the arithmetic.
@@ -341,4 +341,7 @@ def _gemm_kernel(
     tl.store(pointers, result.to(y.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
+# Not int8_linear.register_kernel: its check of each result for aliases adds 5 us to calls as short as 30.
+torch.library.impl("graphwright::int8_linear", "cpu", _cpu)
+torch.library.impl("graphwright::int8_linear", "cuda", _cuda)
 register(torch.ops.graphwright.int8_linear.default, reference, CONTRACT)

@@ -60,11 +60,11 @@ def _match(edit: Edit, rsqrt: Node) -> tuple[Node, float, Node] | Refusal:
     dims, keep = list(mean.args[1]), mean.args[2] if len(mean.args) > 2 else False  # pyright: ignore[reportArgumentType]
     if not isinstance(square, Node) or not keep or dims not in ([-1], [len(shape_of(square)) - 1]):
         return view.refuse(rsqrt, "the mean is not over the last dimension", depth=2, dims=dims)
-    if is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2:
-        base = square.args[0]
-    elif is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1]:
-        base = square.args[0]
-    elif is_call(square, aten.square.default):
+    if (
+        (is_call(square, aten.pow.Tensor_Scalar) and square.args[1] == 2)
+        or (is_call(square, aten.mul.Tensor) and square.args[0] is square.args[1])
+        or is_call(square, aten.square.default)
+    ):
         base = square.args[0]
     else:
         return view.refuse(rsqrt, "the mean is not of squares", depth=3, operator=str(square.target))

@@ -85,10 +85,12 @@ def find_caches(view: GraphView, phase: str = "main") -> Found[CacheSite]:
     """
     refusals: list[Refusal] = []
     halves: dict[Node, dict[str, _Half]] = {}
+    explained: set[Node] = set()  # attentions of which one half was refused already
     for write in cache_writes(view):
         half = _resolve(view, write)
         if isinstance(half, Refusal):
             refusals.append(half)
+            explained.update(attention for attention, _, _ in _readers(write.node).attentions)
         else:
             halves.setdefault(half.attention, {})[half.operand] = half
     sites: list[CacheSite] = []
@@ -96,7 +98,10 @@ def find_caches(view: GraphView, phase: str = "main") -> Found[CacheSite]:
     for node in view.graph.nodes:
         if node not in halves:
             continue
-        site = _pair(view, node, halves[node], ordinals.next_id(view.module_path(node), CacheSite.kind))
+        site_id = ordinals.next_id(view.module_path(node), CacheSite.kind)
+        if len(halves[node]) == 1 and node in explained:
+            continue
+        site = _pair(view, node, halves[node], site_id)
         if isinstance(site, Refusal):
             refusals.append(site)
         else:

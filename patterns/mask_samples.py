@@ -150,14 +150,15 @@ class MaskSampler:
             if position is None or position is not pad:
                 yield Roles(position, pad)
 
-    def samples(self, assignments: Sequence[Mapping[Any, int]], roles: Roles) -> Iterator[Sample]:
-        """Evaluate the mask at each of the sizes, several times where it reads inputs.
+    def samples(self, roles: Roles, *, far: bool = False) -> Iterator[Sample]:
+        """Evaluate the mask at each of the near or far sizes, several times where it reads inputs.
 
         Raises:
             Unproved: It is not a mask, or it cannot be evaluated at most of the sizes.
         """
         generator = torch.Generator().manual_seed(0)
-        draws = (range(len(_POSITIONS)) if assignments is self.near else _FAR_DRAWS) if self._inputs else range(1)
+        assignments = self.far if far else self.near
+        draws = (_FAR_DRAWS if far else range(len(_POSITIONS))) if self._inputs else (0,)
         failures = 0
         for sizes, draw in itertools.product(assignments, draws):
             try:

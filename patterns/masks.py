@@ -204,10 +204,10 @@ def _prove(sampler: MaskSampler) -> tuple[_Hypothesis, list[Sample]]:
     misses: list[tuple[int, str]] = []
     for roles in sampler.roles():
         try:
-            samples = list(sampler.samples(sampler.near, roles))
+            samples = list(sampler.samples(roles))
             if _first_right(roles, samples, misses) is None:
                 continue
-            samples += sampler.samples(sampler.far, roles)
+            samples += sampler.samples(roles, far=True)
             right = _first_right(roles, samples, misses)
         except Unproved as failure:
             misses.append((0, str(failure)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from graphwright.kernels.int8_linear import quantize_per_channel
 from torch import Tensor
+
+from graphwright.kernels.int8_linear import quantize_per_channel
 
 
 def make_case(

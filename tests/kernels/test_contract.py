@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
 from graphwright.errors import InvalidArgument, MissingKernel
 from graphwright.kernels.contract import FLOATS, Argument, Contract, Operator, Size, Spec, missing_kernel
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 ATTENTION = Contract(
     "attention",

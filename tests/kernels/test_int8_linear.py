@@ -7,12 +7,13 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from graphwright.errors import InvalidArgument, MissingKernel
 from graphwright.kernels import int8_linear as module
 from graphwright.kernels.contract import FLOATS, OPERATORS
 from graphwright.kernels.int8_linear import int8_linear, quantize_per_channel, reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from .interpreter import Call, call_with
 from .oracle import assert_within_rounding, make_case

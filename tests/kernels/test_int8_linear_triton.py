@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from graphwright.kernels.contract import FLOATS
 from graphwright.kernels.int8_linear import Config, choose_config, int8_linear
 

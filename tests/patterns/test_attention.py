@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from graphwright.passes.canonicalize import canonicalize
-from graphwright.patterns.attention import find_attention
-from graphwright.patterns.graph import GraphView
 from torch import nn
 from torch.export import export
 from torch.nn import functional as F
 
+from graphwright.passes.canonicalize import canonicalize
+from graphwright.patterns.attention import find_attention
+from graphwright.patterns.graph import GraphView
 from tests.forms import FORMS, HEADS, SIZE, WIDTH, Block, Form, exported
 
 

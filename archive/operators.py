@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from .archive_symbols import read_device, read_dtype, read_float, read_text, write_float
-from .errors import InvalidFile
-from .torch_private import OpOverload
+from ..errors import InvalidFile
+from ..torch_private import OpOverload
+from .symbols import read_device, read_dtype, read_float, read_text, write_float
 
 NAMESPACES = ("aten", "prims", "graphwright")
 

@@ -21,9 +21,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .archive_symbols import read_device, read_dtype
-from .errors import InvalidFile
-from .torch_private import FakeTensor
+from ..errors import InvalidFile
+from ..torch_private import FakeTensor
+from .symbols import read_device, read_dtype
 
 ALIGNMENT = 64  # bytes: a cache line and the widest vector registers; what torch's own allocator gives
 

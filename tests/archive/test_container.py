@@ -13,12 +13,14 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from graphwright import archive_signature, archive_tensors
-from graphwright.archive import Contents, read_archive, write_archive
-from graphwright.errors import InvalidFile
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
+
+from graphwright.archive import signature as archive_signature
+from graphwright.archive import tensors as archive_tensors
+from graphwright.archive.container import Contents, read_archive, write_archive
+from graphwright.errors import InvalidFile
 
 
 @torch.library.custom_op("graphwright::archive_test_double", mutates_args=())

@@ -6,7 +6,7 @@ evaluates text), guards are Python source that ``ExportedProgram.module()`` comp
 arguments reach generated code unchecked. It also adds and reorders the outputs of nodes with several of them.
 
 Here every name that can reach generated code is an identifier, every operator is one that torch has registered in a
-namespace of the list below, and every size is built from a table of functions (``archive_symbols``). Guards are not
+namespace of the list below, and every size is built from a table of functions (``archive/symbols.py``). Guards are not
 stored; the ranges of sizes are, and hold after loading.
 """
 
@@ -20,11 +20,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 
-from .archive_operators import read_argument, read_operator, write_argument, write_operator
-from .archive_signature import identifier, read_call, read_signature, write_call, write_signature
-from .archive_symbols import SymbolReader, SymbolWriter, read_text
-from .errors import InvalidFile
-from .torch_private import CallMethodKey, ConvertIntKey, DivideByKey, TrainingIRVerifier, Verifier, pytree
+from ..errors import InvalidFile
+from ..torch_private import CallMethodKey, ConvertIntKey, DivideByKey, TrainingIRVerifier, Verifier, pytree
+from .operators import read_argument, read_operator, write_argument, write_operator
+from .signature import identifier, read_call, read_signature, write_call, write_signature
+from .symbols import SymbolReader, SymbolWriter, read_text
 
 
 def write_program(program: ExportedProgram) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from graphwright.archive import Contents, read_archive, write_archive
-from graphwright.errors import InvalidFile
 from torch import Tensor, nn
 from torch.export import Dim
+
+from graphwright.archive.container import Contents, read_archive, write_archive
+from graphwright.errors import InvalidFile
 
 Manifest = dict[str, Any]
 

@@ -7,8 +7,9 @@ import zipfile
 
 import pytest
 import torch
-from graphwright.archive import Contents, read_archive, write_archive
 from torch import nn
+
+from graphwright.archive.container import Contents, read_archive, write_archive
 
 
 @pytest.mark.parametrize(

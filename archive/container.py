@@ -2,7 +2,7 @@
 
 A ZIP of ``manifest.json`` (versions, tables of tensors, sizes), ``weights.safetensors`` (every distinct tensor once,
 not compressed, so that it can be mapped), ``graphs/<phase>.json`` and ``documents/<name>.json``. There is no pickle in
-it and no text in it is evaluated; ``archive_graph`` says what a graph may hold.
+it and no text in it is evaluated; ``archive/graph.py`` says what a graph may hold.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from .archive_graph import read_program, write_program
-from .archive_signature import qualified_name
-from .archive_tensors import ALIGNMENT, TensorWriter, read_tensors
-from .errors import InvalidFile
+from ..errors import InvalidFile
+from .graph import read_program, write_program
+from .signature import qualified_name
+from .tensors import ALIGNMENT, TensorWriter, read_tensors
 
 VERSION = 1  # of the format; a reader refuses what is newer than itself
 

@@ -24,9 +24,9 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
-from .archive_symbols import read_constant, write_float
-from .errors import InvalidFile
-from .torch_private import pytree
+from ..errors import InvalidFile
+from ..torch_private import pytree
+from .symbols import read_constant, write_float
 
 
 def identifier(name: object) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 import sympy
 import torch
 
-from .errors import InvalidFile
-from .torch_private import (
+from ..errors import InvalidFile
+from ..torch_private import (
     FakeTensor,
     FakeTensorMode,
     ShapeEnv,

@@ -1,0 +1,1 @@
+"""The `.gw` file: programs as data that cannot run code when they are read."""
