@@ -28,7 +28,7 @@ from .passes.merge_duplicates import MergeDuplicates
 from .passes.rewrite import apply_decisions
 from .patterns.find import Sites, find_sites
 from .patterns.graph import GraphView
-from .phases import Phase, PhasePlan
+from .phases import Phase, PhasePlan, state_of
 from .profiles.budget import Budget, FrontierPoint, fewest_rollbacks, gains, places_by_harm
 from .profiles.calibration import calibration_inputs
 from .profiles.measure import measure_sites, output_errors, relative_error
@@ -285,8 +285,9 @@ def _empty(profile: Profile) -> Profile:
 
 
 def _build(prepared: Prepared, profile: Profile) -> Program:
-    """Apply a profile's decisions to copies of the canonical phases."""
+    """Apply a profile's decisions to copies of the canonical phases; the program gets state of its own."""
     phases, before = [], {}
+    state = {name: tensor.clone() for phase in prepared.phases for name, tensor in state_of(phase.exported).items()}
     status: dict[str, tuple[str, str]] = {}
     for phase in prepared.phases:
         exported = copy_exported(phase.exported)
@@ -295,6 +296,8 @@ def _build(prepared: Prepared, profile: Profile) -> Program:
         rewriting.commit()
         status |= dict.fromkeys(rewriting.changes, ("kept", ""))
         status |= {site: ("failed", reason) for site, reason in rewriting.failed.items()}
+        for name in state_of(exported):
+            exported.state_dict[name] = state[name]
         phases.append(Phase(phase.plan, exported))
     decisions = [
         decision.model_copy(update=dict(zip(("status", "reason"), status[decision.site], strict=True)))

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 
 from .errors import InvalidArgument
 
@@ -84,9 +85,13 @@ class Phase:
         return self.plan.name
 
 
-def example_inputs(exported: ExportedProgram) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example inputs of a program; ((), {}) where it carries none."""
-    return exported.example_inputs or ((), {})
+def state_of(exported: ExportedProgram) -> dict[str, Tensor]:
+    """The tensors that a program writes, by fully qualified name."""
+    return {
+        spec.target: exported.state_dict[spec.target]
+        for spec in exported.graph_signature.output_specs
+        if spec.kind is OutputKind.BUFFER_MUTATION and spec.target is not None
+    }
 
 
 def device_of(exported: ExportedProgram) -> torch.device:
@@ -111,7 +116,7 @@ def move_phases(phases: list[Phase], device: torch.device | str) -> None:
         raise InvalidArgument(f"device {device} is not there: {str(error).splitlines()[0]}") from error
     moved: dict[str, Tensor] = {}
     for phase in phases:
-        names = {name: tensor for name, tensor in phase.exported.state_dict.items()}
+        names = dict(phase.exported.state_dict)
         phase.exported = move_to_device_pass(phase.exported, str(device))
         for name, original in names.items():
             key = f"{original.untyped_storage().data_ptr()}/{name}"

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export.graph_signature import OutputKind
 
 from .errors import InvalidArgument, InvalidType
 from .inputs import CallSignature
@@ -23,7 +22,7 @@ from .passes.decision import Decision
 from .passes.manager import PassRecord
 from .patterns.find import Sites, find_sites
 from .patterns.graph import GraphView
-from .phases import Phase, device_of, move_phases
+from .phases import Phase, device_of, move_phases, state_of
 from .profiles.profile import Profile
 
 
@@ -285,12 +284,7 @@ class Program:
         return best
 
     def _state(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for phase in self.phases.values():
-            for spec in phase.exported.graph_signature.output_specs:
-                if spec.kind is OutputKind.BUFFER_MUTATION and spec.target is not None:
-                    found[spec.target] = phase.exported.state_dict[spec.target]
-        return found
+        return {name: tensor for phase in self.phases.values() for name, tensor in state_of(phase.exported).items()}
 
     # ---- files
 

@@ -246,6 +246,9 @@ def copy_exported(exported: ExportedProgram) -> ExportedProgram:
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(exported.graph, mapping)
     end = graph.output(output)
+    for node, copied in mapping.items():
+        # A graph renames what is called like a Python builtin (`input`); the signature knows it by its old name.
+        copied.name = node.name
     end.meta = dict(exported.graph.output_node().meta)
     signature = exported.graph_signature
     return ExportedProgram(

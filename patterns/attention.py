@@ -19,7 +19,7 @@ from .site import Found, Ordinals, Site
 AttentionKind = Literal["self", "cross", "joint"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Comparing dynamic sizes would add a guard to the program.
 class AttentionSite(Site):
     """One scaled dot-product attention.
 
@@ -75,6 +75,8 @@ def find_attention(view: GraphView, phase: str = "main") -> Found[AttentionSite]
                 refusals.append(form)
         if not is_call(node, SDPA):
             continue
+        # Refused anchors count too, so that ids stay equal in phases that accept them.
+        site_id = ordinals.next_id(view.module_path(node), AttentionSite.kind)
         form = match_attention(view, node)
         if isinstance(form, Refusal):
             refusals.append(form)
@@ -89,7 +91,7 @@ def find_attention(view: GraphView, phase: str = "main") -> Found[AttentionSite]
         mask = analyse_mask(view, args["attn_mask"], queries, keys, is_causal=bool(args["is_causal"]))
         sites.append(
             AttentionSite(
-                id=ordinals.next_id(view.module_path(node), AttentionSite.kind),
+                id=site_id,
                 node=node,
                 module_path=view.module_path(node),
                 source=view.source(node),

@@ -132,7 +132,7 @@ def fingerprint(phases: Mapping[str, ExportedProgram]) -> Fingerprint:
         for number, node in enumerate(exported.graph.nodes):
             numbers[node] = number
             target = view.target(node) or ("" if node.op == "placeholder" else str(node.target))
-            args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: f"%{numbers[n]}")
+            args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n, known=numbers: f"%{known[n]}")
             graph.update(f"{node.op} {target} {args} {_shape(node, symbols)}\n".encode())
         for target, tensor in {**exported.state_dict, **exported.constants}.items():
             if isinstance(tensor, Tensor):
@@ -168,7 +168,7 @@ def data_hash(inputs: Iterable[list[Any]]) -> str:
             count += 1
             if isinstance(value, Tensor):
                 digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest() if count else ""

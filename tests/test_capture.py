@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dataclasses import dataclass
+
 import graphwright as gw
 from graphwright.errors import CaptureError, InvalidArgument, InvalidFile, InvalidType
 from tests.models import Mlp, tiny_llama, tokens
@@ -17,11 +19,11 @@ def test_a_pt2_file_and_an_exported_program_are_taken(tmp_path) -> None:
         torch.testing.assert_close(program(x), Mlp()(x))
 
 
+@dataclass
 class Point:
     """An input that torch.export.save can only pickle."""
 
-    def __init__(self, x) -> None:
-        self.x = x
+    x: torch.Tensor
 
 
 def test_a_pt2_file_that_needs_pickle_is_refused(tmp_path) -> None:
@@ -29,9 +31,7 @@ def test_a_pt2_file_that_needs_pickle_is_refused(tmp_path) -> None:
         def forward(self, point):
             return point.x + 1
 
-    torch.utils._pytree.register_pytree_node(
-        Point, lambda p: ([p.x], None), lambda xs, _: Point(xs[0]), serialized_type_name="tests.Point"
-    ) if Point not in torch.utils._pytree.SUPPORTED_NODES else None
+    torch.export.register_dataclass(Point, serialized_type_name="tests.Point")
     exported = torch.export.export(Takes(), (Point(torch.ones(2)),))
     torch.export.save(exported, tmp_path / "point.pt2")
     with pytest.raises(InvalidFile, match="trust=True"):

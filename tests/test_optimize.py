@@ -111,16 +111,16 @@ def test_the_captured_program_is_not_changed(quantized) -> None:
 
 
 def test_a_budget_rolls_back_until_it_holds() -> None:
-    budget = gw.Budget(max_error=0.01, probes=4)
+    budget = gw.Budget(max_error=0.003, probes=4)
     options = {"methods": [gw.Int8()], "calibration": [tokens(24)], "keep": "smaller"}
     program = gw.optimize(captured_llama(), budget=budget, **options)
     rolled_back = [d for d in program.decisions if d.status == "rolled_back"]
     kept = [d for d in program.decisions if d.status == "kept"]
-    assert rolled_back, "all of int8 costs this model more than 1 %"
+    assert rolled_back, "all of int8 costs this model more than 0.3 %"
     assert kept, "some of it fits"
     canonical = gw.optimize(captured_llama())
     exact, rounded = (p(tokens(24), torch.arange(24)) for p in (canonical, program))
-    assert float((exact - rounded).norm() / exact.norm()) <= 0.01
+    assert float((exact - rounded).norm() / exact.norm()) <= 0.003
     frontier = program.profile.measured["frontier"]
     assert [point["rolled_back"] for point in frontier] == sorted(point["rolled_back"] for point in frontier)
     assert sum(d.output_error is not None for d in program.decisions) == 4
@@ -162,9 +162,9 @@ def test_a_profile_of_another_graph_or_of_other_weights_is_refused(quantized) ->
 def test_plain_modules_with_dynamic_batches() -> None:
     x = torch.randn(5, 32)
     program = gw.optimize(
-        Mlp(), (x,), dynamic_shapes=({0: torch.export.Dim("b", min=2, max=64)},), methods=["int8"], keep="smaller"
+        Mlp().eval(), (x,), dynamic_shapes=({0: torch.export.Dim("b", min=2, max=64)},), methods=["int8"], keep="smaller"
     )
-    assert [d.status for d in program.decisions] == ["kept", "kept"]
+    assert [(d.facts["role"], d.status) for d in program.decisions] == [("up", "kept"), ("head", "refused")]
     longer = torch.randn(33, 32)
     torch.testing.assert_close(program(longer), Mlp()(longer), rtol=0.1, atol=0.02)
     torch.testing.assert_close(program.as_module()(longer), program(longer))

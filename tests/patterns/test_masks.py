@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from graphwright.patterns.masks import MaskFact, analyse_mask
 LOWEST = torch.finfo(torch.float32).min
 MOST = 255
 B, S, K, P = Dim("b", min=1, max=8), Dim("s", min=1, max=MOST), Dim("k", min=1, max=MOST), Dim("p", min=1, max=64)
+ENDLESS = Dim("endless", min=1)
 
 
 def column(size: int) -> Tensor:
@@ -44,33 +46,50 @@ def additive(keep: Tensor, fill: float = LOWEST) -> Tensor:
 # ---- small modules
 
 
-class Attend(nn.Module):
-    """Attention under the mask that `make(module, q, k, **inputs)` builds."""
+@dataclass(frozen=True)
+class Form:
+    """A way to write a mask, the inputs that it reads, and the fact expected (or a part of the reason)."""
 
-    def __init__(self, make: Callable[..., Tensor], cached: bool) -> None:
+    name: str
+    make: Callable[..., Tensor]
+    kind: str = "unknown"
+    inputs: tuple[str, ...] = ()
+    keys: str = "queries"  # or "free", "cache", "fixed", "endless"
+    window: int | None = None
+    per_row: bool = False
+    additive: bool = False
+    sees: bool = True
+    reason: str = ""
+
+
+class Attend(nn.Module):
+    """One attention for each form, under the mask that its `make(module, q, k, **inputs)` builds."""
+
+    def __init__(self, forms: Sequence[Form]) -> None:
         super().__init__()
-        self.make, self.cached = make, cached
-        self.register_buffer("tril", torch.ones(1, 1, MOST, MOST, dtype=torch.bool).tril())
-        local = torch.ones(MOST, MOST, dtype=torch.bool).tril()
-        self.register_buffer("local", local & ~local.tril(-200))
+        self.forms = forms
+        tril = torch.ones(MOST + 1, MOST + 1, dtype=torch.bool).tril()
+        self.register_buffer("tril", tril[None, None])
+        self.register_buffer("local", tril & ~tril.tril(-200))
         self.register_buffer("cache", torch.randn(1, 2, 32, 4))
         self.register_buffer("blocks", torch.block_diag(*[torch.ones(3, 3)] * 3).bool())
         self.register_buffer("length", torch.zeros((), dtype=torch.int64))
         self.bias = nn.Parameter(torch.randn(2, 2 * MOST))
         self.embedding = nn.Embedding(64, 4)
 
-    def forward(self, q: Tensor, k: Tensor, **inputs: Tensor) -> Tensor:
-        if self.cached:
-            k = self.cache.expand(q.shape[0], -1, -1, -1)
-        if "past" in inputs:
-            k = torch.cat([inputs["past"], k], 2)
-        if "tokens" in inputs:
-            q = q + self.embedding(inputs["tokens"])[:, None]
-        mask = self.make(self, q, k, **{name: x for name, x in inputs.items() if name not in ("past",)})
-        out = nn.functional.scaled_dot_product_attention(q, k, k, mask)
-        if "state" in getattr(self.make, "__name__", ""):
-            self.length.add_(q.shape[2])
-        return out
+    def forward(self, q: Tensor, k: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
+        results = []
+        for form in self.forms:
+            given = {name: inputs[name] for name in form.inputs}
+            keys = self.cache.expand(q.shape[0], -1, -1, -1) if form.keys == "cache" else k
+            if "past" in given:
+                keys = torch.cat([given.pop("past"), k], 2)
+            values = keys + self.embedding(given["tokens"])[:, None] if "tokens" in given else keys
+            results.append(
+                nn.functional.scaled_dot_product_attention(q, keys, values, form.make(self, q, keys, **given))
+            )
+        self.length.add_(q.shape[2])
+        return results
 
 
 INPUTS: dict[str, tuple[Tensor, dict[int, Any]]] = {
@@ -89,35 +108,24 @@ INPUTS: dict[str, tuple[Tensor, dict[int, Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Form:
-    """A way to write a mask, the inputs that it reads, and the fact expected (or a part of the reason)."""
-
-    name: str
-    make: Callable[..., Tensor]
-    kind: str = "unknown"
-    inputs: tuple[str, ...] = ()
-    keys: str = "queries"  # or "free", "cache", "fixed", "endless"
-    window: int | None = None
-    per_row: bool = False
-    additive: bool = False
-    sees: bool = True
-    reason: str = ""
-
-
-def analyse(form: Form) -> MaskFact:
-    q, k = torch.randn(2, 2, 6, 4), torch.randn(2, 2, 9 if form.keys == "free" else 6, 4)
-    values = {name: INPUTS[name][0] for name in form.inputs}
-    sizes: Any = {"q": {0: B, 2: S}, "k": {0: B, 2: K if form.keys == "free" else S}}
-    sizes |= {"inputs": {name: INPUTS[name][1] for name in form.inputs}} if form.inputs else {}
-    if form.keys == "endless":
-        sizes = {"q": {2: (endless := Dim("endless", min=1))}, "k": {2: endless}}
-    if form.keys == "fixed":
-        q, k, sizes = torch.randn(2, 2, 9, 4), torch.randn(2, 2, 9, 4), None
-    module = Attend(form.make, form.keys == "cache")
-    exported = torch.export.export(module, (q, k), values, dynamic_shapes=sizes, strict=False)
-    (fact,) = facts(exported)
-    return fact
+@cache
+def analysed(keys: str) -> dict[str, MaskFact]:
+    """The fact about each form with such keys; they share one export."""
+    forms = [form for form in (*FORMS, *NEAR_MISSES) if form.keys == keys]
+    used = {name: INPUTS[name] for form in forms for name in form.inputs}
+    lengths = {"fixed": (9, 9), "free": (6, 9)}.get(keys, (6, 6))
+    q, k = (torch.randn(2, 2, length, 4) for length in lengths)
+    rows, columns = {"free": (S, K), "endless": (ENDLESS, ENDLESS)}.get(keys, (S, S))
+    sizes: Any = {
+        "q": {0: B, 2: rows},
+        "k": {0: B, 2: columns},
+        "inputs": {name: dynamic for name, (_, dynamic) in used.items()},
+    }
+    inputs = {name: value for name, (value, _) in used.items()}
+    exported = torch.export.export(
+        Attend(forms), (q, k, inputs), dynamic_shapes=None if keys == "fixed" else sizes, strict=False
+    )
+    return dict(zip([form.name for form in forms], facts(exported), strict=True))
 
 
 def facts(exported: torch.export.ExportedProgram) -> list[MaskFact]:
@@ -136,13 +144,9 @@ def facts(exported: torch.export.ExportedProgram) -> list[MaskFact]:
             fact = analyse_mask(view, scores.args[1], *shape_of(node)[-2:])
         else:
             continue
-        if not any(fact is other for other in found):
+        if not any(fact is other for other in found):  # layers that share a mask share the fact
             found.append(fact)
     return found
-
-
-def state_start(m: Attend, q: Tensor, k: Tensor) -> Tensor:
-    return causal(q.shape[2], 32, m.length.clone())
 
 
 FORMS = (
@@ -190,7 +194,7 @@ FORMS = (
     Form("positions[0] + i", lambda m, q, k, positions: causal(q.shape[2], 32, positions[0]), "cache_causal",
          ("positions",), "cache"),
     Form("scalar start", lambda m, q, k, start: causal(q.shape[2], 32, start), "cache_causal", ("start",), "cache"),
-    Form("start in a state", state_start, "cache_causal", (), "cache"),
+    Form("start in a state", lambda m, q, k: causal(q.shape[2], 32, m.length.clone()), "cache_causal", (), "cache"),
     Form("positions[i]", lambda m, q, k, positions: torch.arange(32) <= positions[:, None], "cache_causal",
          ("positions",), "cache", per_row=True),
     Form("position_ids[b, i]", lambda m, q, k, position_ids: (torch.arange(32) <= position_ids[..., None])[:, None],
@@ -209,14 +213,14 @@ FORMS = (
 
 NEAR_MISSES = (
     Form("j < i", lambda m, q, k: causal(q.shape[2], None, -1), reason="does not see key 0"),
-    Form("j <= i + 1", lambda m, q, k: causal(q.shape[2], None, 1), reason="query 0 sees key 1"),
+    Form("j <= i + 1", lambda m, q, k: causal(q.shape[2], None, 1), reason="wrong at"),
     Form("j >= i", lambda m, q, k: ~causal(q.shape[2], None, -1)),
     Form("both sides", lambda m, q, k: near(q.shape[2], 3) & near(q.shape[2], 3).T, reason="tried"),
     Form("window that grows", lambda m, q, k: causal(q.shape[2]) & near(q.shape[2], q.shape[2] // 2 + 1)),
     Form("one more pair", lambda m, q, k: causal(q.shape[2])
          | ((column(q.shape[2]) == 20) & (torch.arange(q.shape[2]) == 22)), reason="query 20 sees key 22"),
     Form("one more pair at one size", lambda m, q, k: causal(q.shape[2], None, torch.full((), q.shape[2]) == 60),
-         reason="=60, where query 0 sees key 1"),
+         reason="s0=60"),
     Form("causal at odd sizes", lambda m, q, k: causal(q.shape[2], None, 1 - q.shape[2] % 2), reason="sees key 1"),
     Form("never fewer than all", lambda m, q, k: causal(q.shape[2], k.shape[2], max_zero(k.shape[2] - q.shape[2])),
          keys="free"),
@@ -243,7 +247,8 @@ NEAR_MISSES = (
     Form("positions where consecutive", lambda m, q, k, positions: causal(q.shape[2], 32, positions[0])
          & (positions.diff(prepend=positions[:1] - 1) == 1)[:, None], inputs=("positions",), keys="cache"),
     Form("random", lambda m, q, k: torch.rand(q.shape[2], q.shape[2]) >= 0, reason="random or undefined value, rand"),
-    Form("mask as input", lambda m, q, k, given: given, inputs=("given",), reason="depends on the value of given: bool"),
+    Form("mask as input", lambda m, q, k, given: given, inputs=("given",),
+         reason="depends on the value of inputs_given: bool"),
     Form("depends on the query", lambda m, q, k: q.sum(-1, keepdim=True) > -1e9, reason="depends on the value of q"),
     Form("unaffordable window", lambda m, q, k: causal(q.shape[2]) & near(q.shape[2], 70000), keys="endless",
          reason="needs an evaluation at"),
@@ -252,23 +257,17 @@ NEAR_MISSES = (
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_forms(form: Form):
-    fact = analyse(form)
-    names = {node.name.removeprefix("inputs_") for node in (fact.positions, fact.padding) if node is not None}
-    expected = {name for name in form.inputs if name not in ("past", "tokens")}
-    assert (fact.kind, fact.window, fact.per_row, fact.additive) == (
-        form.kind,
-        form.window,
-        form.per_row,
-        form.additive,
-    ), fact.reason
-    assert fact.every_row_sees_a_key == form.sees
-    assert names == expected or form.make is state_start
+    fact = analysed(form.keys)[form.name]
+    found = (fact.kind, fact.window, fact.per_row, fact.additive, fact.every_row_sees_a_key)
+    assert found == (form.kind, form.window, form.per_row, form.additive, form.sees), fact.reason
+    read = {node.name.removeprefix("inputs_") for node in (fact.positions, fact.padding) if node is not None}
+    assert read - {"b_length"} == {name for name in form.inputs if name not in ("past", "tokens")}
     assert (fact.positions is not None) == (form.kind == "cache_causal")
 
 
 @pytest.mark.parametrize("form", NEAR_MISSES, ids=lambda form: form.name)
 def test_near_misses(form: Form):
-    fact = analyse(form)
+    fact = analysed(form.keys)[form.name]
     assert fact.kind == "unknown", fact.reason
     assert fact.positions is None
     assert fact.padding is None
@@ -291,20 +290,24 @@ def test_without_a_mask():
     assert facts_of(is_causal=True, free=True).kind == "causal_top_left"
 
 
-@settings(max_examples=20, deadline=None)
-@given(window=st.integers(1, 40), offset=st.integers(-2, 2), most=st.integers(8, 60))
-def test_random_windows(window: int, offset: int, most: int):
+@settings(max_examples=5, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(-2, 2)), min_size=8, max_size=8, unique=True),
+    most=st.integers(8, 60),
+)
+def test_random_windows(shapes: list[tuple[int, int]], most: int):
     class Windowed(nn.Module):
-        def forward(self, q: Tensor) -> Tensor:
-            mask = causal(q.shape[2], None, offset) & near(q.shape[2], window)
-            return nn.functional.scaled_dot_product_attention(q, q, q, mask)
+        def forward(self, q: Tensor) -> list[Tensor]:
+            masks = [causal(q.shape[2], None, offset) & near(q.shape[2], window) for window, offset in shapes]
+            return [nn.functional.scaled_dot_product_attention(q, q, q, mask) for mask in masks]
 
     sizes = {"q": {2: Dim("s", min=1, max=most)}}
-    (fact,) = facts(torch.export.export(Windowed(), (torch.randn(1, 1, 6, 4),), dynamic_shapes=sizes, strict=False))
-    if offset == 0:
-        assert (fact.kind, fact.window) == ("causal", window if window < most else None)
-    else:
-        assert fact.kind == "unknown"
+    exported = torch.export.export(Windowed(), (torch.randn(1, 1, 6, 4),), dynamic_shapes=sizes, strict=False)
+    for fact, (window, offset) in zip(facts(exported), shapes, strict=True):
+        if offset == 0:
+            assert (fact.kind, fact.window) == ("causal", window if window < most else None)
+        else:
+            assert fact.kind == "unknown"
 
 
 # ---- models of transformers
@@ -312,7 +315,7 @@ def test_random_windows(window: int, offset: int, most: int):
 
 SMALL = {
     "hidden_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "intermediate_size": 64,
     "vocab_size": 128,
@@ -327,7 +330,7 @@ class Model(nn.Module):
         super().__init__()
         self.model = model.eval()
 
-    def forward(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         decodes = hasattr(self.model, "lm_head")
         return self.model(input_ids=input_ids, **inputs, **({"use_cache": False} if decodes else {}))[0]
 
@@ -356,13 +359,12 @@ class StaticModel(nn.Module):
 
 
 IDS = torch.arange(24).reshape(2, 12)
-TOKENS: Any = {"input_ids": {0: B, 1: S}}
 
 
-def export(module: nn.Module, sizes: Any, **inputs: Tensor) -> list[MaskFact]:
-    sizes = {"input_ids": sizes["input_ids"], "inputs": dict.fromkeys(inputs, sizes["input_ids"])}
-    sizes = {name: size for name, size in sizes.items() if size}
-    return facts(torch.export.export(module, (IDS,), inputs, dynamic_shapes=sizes, strict=False))
+def export(module: nn.Module, **inputs: Tensor) -> list[MaskFact]:
+    sizes = {0: B, 1: S}
+    dynamic = {"input_ids": sizes, "inputs": dict.fromkeys(inputs, sizes)}
+    return facts(torch.export.export(module, (IDS, inputs), dynamic_shapes=dynamic, strict=False))
 
 
 def build(name: str, head: str = "ForCausalLM", **options: Any) -> nn.Module:
@@ -375,7 +377,12 @@ def build(name: str, head: str = "ForCausalLM", **options: Any) -> nn.Module:
 
 
 GROUPED = {"num_key_value_heads": 2}
-GEMMA = GROUPED | {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA = GROUPED | {
+    "head_dim": 16,
+    "sliding_window": 8,
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 GPT2 = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 256}
 
 
@@ -383,10 +390,8 @@ GPT2 = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 256}
     ("name", "options", "padded", "expected"),
     [
         ("Llama", GROUPED, False, [("causal", None)]),
-        ("Llama", GROUPED | {"attn_implementation": "eager"}, False, [("causal", None)]),
-        ("Llama", GROUPED, True, [("causal", None)]),
-        ("Mistral", GROUPED | {"sliding_window": 100, "attn_implementation": "eager"}, True, [("causal", 100)]),
-        ("Mistral", GROUPED | {"sliding_window": 4096}, False, [("causal", None)]),
+        ("Llama", GROUPED | {"attn_implementation": "eager"}, True, [("causal", None)]),
+        ("Mistral", GROUPED | {"sliding_window": 100}, False, [("causal", 100)]),
         ("Gemma2", GEMMA, False, [("causal", 8), ("causal", None)]),
         ("Gemma3Text", GEMMA, True, [("causal", 8), ("causal", None)]),
         ("GPT2", GPT2, False, [("causal", None)]),
@@ -395,7 +400,7 @@ GPT2 = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 256}
 def test_decoders(name: str, options: dict[str, Any], padded: bool, expected: list[tuple[str, int | None]]):
     model = Model(build(name, "LMHeadModel" if name == "GPT2" else "ForCausalLM", **options))
     inputs = {"attention_mask": torch.ones_like(IDS)} if padded else {}
-    found = export(model, TOKENS, **inputs)
+    found = export(model, **inputs)
     assert [(fact.kind, fact.window) for fact in found] == expected, [fact.reason for fact in found]
     for fact in found:
         assert (fact.padding is not None) == padded
@@ -405,7 +410,7 @@ def test_decoders(name: str, options: dict[str, Any], padded: bool, expected: li
 
 
 def test_packed_positions_are_not_causal():
-    (fact,) = export(Model(build("Llama", **GROUPED)), TOKENS, position_ids=torch.arange(12).repeat(2, 1))
+    (fact,) = export(Model(build("Llama", **GROUPED)), position_ids=torch.arange(12).repeat(2, 1))
     assert fact.kind == "unknown"
     assert "position_ids" in fact.reason
 
@@ -413,7 +418,7 @@ def test_packed_positions_are_not_causal():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_encoder_with_padding(attention: str):
     model = Model(build("Bert", "Model", attn_implementation=attention))
-    (fact,) = export(model, TOKENS, attention_mask=torch.ones_like(IDS))
+    (fact,) = export(model, attention_mask=torch.ones_like(IDS))
     assert (fact.kind, fact.window, fact.additive) == ("padding", None, attention == "eager"), fact.reason
     assert fact.padding is not None
 
