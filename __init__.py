@@ -86,7 +86,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `gw.optimize` the function when the module of the same name is imported, which would set it to the module."""
+    """Keeps `gw.optimize` the function: importing the module of the same name would set it to the module."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

@@ -2,13 +2,15 @@
 
 `capture` takes any module, exported program or `.pt2` file. `capture_causal_lm` wraps a transformers decoder around a
 static cache held in buffers; `capture_denoiser` takes a diffusers video transformer. All end in the exported dialect:
-`torch.export` (strict=False), then `run_decompositions({})`, which makes the graph functional and keeps linear and SDPA.
+`torch.export` (strict=False), then `run_decompositions({})`, which makes the graph functional and keeps linear and
+SDPA.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import logging
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -182,6 +184,8 @@ class _BoundLayer:
 
         class Bound(StaticLayer):
             def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                assert self.keys is not None
+                assert self.values is not None
                 self.keys.index_copy_(2, position, key_states)
                 self.values.index_copy_(2, position, value_states)
                 return self.keys, self.values
@@ -264,7 +268,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise CaptureError(
-            f"torch.export could not capture {type(model).__name__}: {type(error).__name__}: {reason[0] if reason else ''}"
+            f"torch.export could not capture {type(model).__name__}:"
+            f" {type(error).__name__}: {reason[0] if reason else ''}"
         ) from error
     return _functional(exported)
 
@@ -275,8 +280,10 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
             return exported.run_decompositions({})
     except Exception as error:
         raise CaptureError(
-            f"the exported program cannot be made functional: {type(error).__name__}: {str(error).splitlines()[0]}."
-            " Caches captured twice by strict=False are the usual cause; export with strict=True or use capture_causal_lm"
+            "the exported program cannot be made functional:"
+            f" {type(error).__name__}: {str(error).splitlines()[0]}."
+            " Caches captured twice by strict=False are the usual cause;"
+            " export with strict=True or use capture_causal_lm"
         ) from error
 
 
@@ -357,12 +364,17 @@ def _no_pickle(path: Path, trust: bool) -> Iterator[None]:
         kwargs["weights_only"] = True
         return original(*args, **kwargs)
 
-    if not trust:
+    # torch's warning that it fell back to unpickling lacks an argument (2.13): it would print a logging error instead.
+    logger = logging.getLogger("torch._export.serde.serialize")
+    disabled = logger.disabled
+    if trust:
+        logger.disabled = True
+    else:
         torch.load = safe_load
     try:
         yield
     finally:
-        torch.load = original
+        torch.load, logger.disabled = original, disabled
 
 
 @contextmanager

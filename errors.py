@@ -1,4 +1,4 @@
-"""The errors that graphwright raises: each names the thing that is wrong, and each is also the built-in kind that fits."""
+"""The errors that graphwright raises: each names what is wrong, and each is also the built-in kind that fits."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The one call: capture, canonicalize, match, decide, rewrite.
 
-The data's way reads from top to bottom in `optimize`; each step is a function of this file or of the folder that answers
-its question.
+The data's way reads from top to bottom in `optimize`; each step is a function of this file or of the folder that
+answers its question.
 """
 
 from __future__ import annotations

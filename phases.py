@@ -60,8 +60,8 @@ class Condition(BaseModel):
 class PhasePlan(BaseModel):
     """What a phase assumes and when it may run.
 
-    `sizes` maps an input to fixed lengths by dimension; `start_input` names the position input that is known to begin at
-    zero, which means that the cache holds nothing that attention may see.
+    `sizes` maps an input to fixed lengths by dimension; `start_input` names the position input that is known to begin
+    at zero, which means that the cache holds nothing that attention may see.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -248,7 +248,7 @@ class Program:
         return diff(self, phase)
 
     def to_networkx(self, phase: str) -> Any:
-        """The phase's graph as a `networkx.DiGraph`; nodes carry operator, shape, dtype, module path, source, provenance.
+        """The phase's graph as a `networkx.DiGraph`; nodes carry operator, type, module path, source and provenance.
 
         Raises:
             InvalidArgument: There is no such phase.

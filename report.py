@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import networkx as nx
-import torch
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from .errors import InvalidArgument
 from .passes.decision import Decision
@@ -279,7 +279,8 @@ def graph_line(view: GraphView, node: Node) -> str:
     def shown(argument: Node) -> Any:
         return _Bare(view.target(argument) or f"%{argument.name}")
 
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), shown)
+    mapped: Any = map_arg((node.args, node.kwargs), shown)
+    args, kwargs = mapped
     if node.op == "output":
         return f"return {', '.join(map(str, args[0]))}"
     listed = [*map(str, args), *(f"{name}={value}" for name, value in kwargs.items())]

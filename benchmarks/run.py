@@ -108,13 +108,15 @@ def _rows(m: dict[str, Any]) -> list[Row]:
         rows.append((f"int8_linear {row['shape']}", text, f"{fp32:g}x, {bf16:g}x" if fp32 else "-", holds))
     for row in m["growth"]:
         text = (
-            f"{row['seconds']:.1f} s ({row['capture_seconds']:.1f} s of it capture), peak {row['over_weights']:.2f} x weights"
+            f"{row['seconds']:.1f} s ({row['capture_seconds']:.1f} s of it capture),"
+            f" peak {row['over_weights']:.2f} x weights"
             f" ({row['beyond_loaded']:.2f} x without what Python and torch hold)"
         )
         holds = row["seconds"] <= 90 and (row["over_weights"] <= 2.5 or row["layers"] < spine.LAYERS)
         rows.append((f"optimize(), {row['layers']} layers", text, "90 s, 2.5 x", holds))
     trip = m["round_trip"]
-    text = f"{'bit-equal' if trip['bit_equal'] else 'DIFFERS'}, {trip['file_over_weights']:.3f} x weights, load {trip['load_seconds']:.1f} s"
+    equal = "bit-equal" if trip["bit_equal"] else "DIFFERS"
+    text = f"{equal}, {trip['file_over_weights']:.3f} x weights, load {trip['load_seconds']:.1f} s"
     rows.append(("save and load", text, "bit-equal, 1.05 x", trip["bit_equal"] and trip["file_over_weights"] <= 1.05))
     rows.append(
         ("import graphwright", f"{m['import_seconds']:.3f} s beyond torch", "0.5 s", m["import_seconds"] <= 0.5)

@@ -121,11 +121,11 @@ def budgeted_int8(captured: gw.Captured, calibration: Tensor, max_drop: float, w
 def int8_linear(rounds: int) -> list[dict[str, Any]]:
     """The kernel alone against fp32 and bf16 linears."""
     rows = []
+    linear, ours = torch.nn.functional.linear, torch.ops.graphwright.int8_linear
     for m, k, n in ((512, 576, 1536), (2048, 2048, 2048), (1, 576, 1536)):
         x, w = torch.randn(m, k), torch.randn(n, k)
         xb, wb = x.bfloat16(), w.bfloat16()
         values, scale = quantize_per_channel(w)
-        linear, ours = torch.nn.functional.linear, torch.ops.graphwright.int8_linear
         best = interleaved(
             {
                 "fp32": lambda x=x, w=w: linear(x, w),

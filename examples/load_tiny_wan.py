@@ -35,9 +35,11 @@ def load_tiny_wan(dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
     with demo_extra():
         from diffusers import WanTransformer3DModel
     config = json.loads((_FOLDER / "config.json").read_text(encoding="utf-8"))
-    model = WanTransformer3DModel.from_config(config)
-    model.load_state_dict(load_file(_FOLDER / "model.safetensors"))
-    return model.to(dtype).eval().requires_grad_(False)
+    model = WanTransformer3DModel(**{name: value for name, value in config.items() if not name.startswith("_")})
+    weights = load_file(_FOLDER / "model.safetensors")
+    # Assigned and not cast with `to`, which would round the rotary frequencies too.
+    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def load_prompts() -> dict[str, Tensor]:

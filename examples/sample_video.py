@@ -1,6 +1,7 @@
 """Sample videos from the small transformer by flow matching, compare them, and write them as a picture.
 
-The numbers here (latent scale, sigma shift, timestep) are those the model was trained with: `models/tiny_wan/README.md`.
+The constants (latent scale, sigma shift, timesteps) are those that the model was trained with, from the README beside
+it in `models/tiny_wan`.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def write_png_grid(path: str | Path, videos: Sequence[Tensor], frames: Sequence[
     """
     if not videos or not frames or zoom < 1:
         raise InvalidArgument(
-            f"got {len(videos)} videos, {len(frames)} frames, zoom={zoom}; expected at least 1 of each"
+            f"got {len(videos)} videos, {len(frames)} frames and zoom={zoom}, expected at least 1 each"
         )
     if any(video.shape != videos[0].shape for video in videos):
         raise InvalidArgument(f"got videos of shapes {[list(video.shape) for video in videos]}, expected equal ones")

@@ -33,7 +33,7 @@ def main() -> None:
     print(program.report())
     print(f"latent grid {captured.facts['grid']}")
 
-    videos, shape = {}, dict(frames=8, height=options.size, width=options.size, steps=options.steps)
+    videos, shape = {}, {"frames": 8, "height": options.size, "width": options.size, "steps": options.steps}
     for name, denoise in (("model", lambda **kw: model(**kw, return_dict=False)[0]), ("program", program)):
         started = time.perf_counter()
         with torch.no_grad():

@@ -3,8 +3,9 @@
     new = index_copy(cache, 2, at, k)        becomes        cache.index_copy_(2, at, k)
     output_specs: new -> cache                              (nothing is copied back)
 
-A functional write to a state buffer copies the whole buffer twice, once to compute it and once to store it. Where nobody
-reads the old contents afterwards the write is done in place; else the result is copied into the buffer at the end.
+A functional write to a state buffer copies the whole buffer twice, once to compute it and once to store it. Where
+nobody reads the old contents afterwards the write is done in place; else the result is copied into the buffer at the
+end.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Drop what computes nothing: asserts, dropout in eval, and views, casts, copies and arithmetic that change nothing.
 
-    x ── to(float32) ── slice(0:max) ── dropout(0.1, False) ── y        becomes        x ── y      (x is float32)
+    x ── to(float32) ── slice(0:max) ── dropout(0.1, False) ── y      becomes      x ── y      (x is float32)
 
-Every view becomes a reshape, so that a later rewrite may hand it another memory layout; a copy made only for a view goes,
-and of two reshapes in a row the first. Exact.
+Every view becomes a reshape, so that a later rewrite may hand it another memory layout; a copy made only for a view
+goes, and of two reshapes in a row the first. Exact.
 """
 
 from __future__ import annotations

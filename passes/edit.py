@@ -26,6 +26,7 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from ..errors import VerificationError
 from ..patterns.graph import GraphView, aten
@@ -134,7 +135,7 @@ class Edit:
 
     def fake_value(self, node: Node) -> Any:
         """What a node's metadata should be, from its inputs' metadata."""
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         assert callable(node.target)
         with self._fake, torch.no_grad():
             return node.target(*args, **kwargs)

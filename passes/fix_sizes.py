@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from ..errors import InvalidArgument, InvalidType
 from ..patterns.graph import concrete, free_symbols
@@ -62,9 +64,9 @@ class FixSizes(Pass):
             edit.exported.range_constraints.pop(symbol, None)
         return PassResult(changed)
 
-    def _symbol_values(self, edit: Edit) -> dict[object, int]:
+    def _symbol_values(self, edit: Edit) -> dict[sympy.Symbol, int]:
         inputs = {n.name: n for n in edit.graph.find_nodes(op="placeholder") if edit.view.is_user_input(n)}
-        values: dict[object, int] = {}
+        values: dict[sympy.Symbol, int] = {}
         for name, dims in self.sizes.items():
             if name not in inputs:
                 raise InvalidArgument(f"no input is called {name!r}; the inputs are {', '.join(inputs)}")
@@ -91,11 +93,11 @@ class FixSizes(Pass):
         return pytree.tree_unflatten(leaves, spec)
 
 
-def _use_number(node: Node, number: object) -> None:
+def _use_number(node: Node, number: int | float | bool) -> None:
     for user in list(node.users):
-        user.args = torch.fx.node.map_arg(user.args, lambda n: number if n is node else n)
-        user.kwargs = torch.fx.node.map_arg(user.kwargs, lambda n: number if n is node else n)
+        user.args = map_arg(user.args, lambda n: number if n is node else n)
+        user.kwargs = map_arg(user.kwargs, lambda n: number if n is node else n)
 
 
-def _fixed(size: object, values: Mapping[object, int]) -> object:
+def _fixed(size: object, values: Mapping[sympy.Symbol, int]) -> object:
     return concrete(size, values) if free_symbols(size) <= values.keys() else size  # pyright: ignore[reportArgumentType]

@@ -1,6 +1,6 @@
 """Raise RMSNorm spelled out to one `aten.rms_norm`.
 
-    x ── float32 ── pow(2) ── mean(-1) ── + eps ── rsqrt ── · x ── cast ── · weight        becomes      rms_norm(x, weight)
+    x ── float32 ── pow(2) ── mean(-1) ── + eps ── rsqrt ── · x ── cast ── · weight    becomes    rms_norm(x, weight)
 
 Also without a weight, with `x * x`, and with Gemma's `(1 + weight)`, which is computed once and stored. Exact up to the
 rounding of the casts.

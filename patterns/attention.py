@@ -1,7 +1,8 @@
 """Attention sites of a canonical program, with the facts that a method needs to choose a variant.
 
-In the canonical dialect attention is one SDPA node. What is proved here: what the mask is, whether queries and keys come
-from the same tokens (self), from other tokens (cross) or from two token streams joined (joint), and how heads are grouped.
+In the canonical dialect attention is one SDPA node. What is proved here: what the mask is, whether queries and keys
+come from the same tokens (self), from other tokens (cross) or from two token streams joined (joint), and how heads are
+grouped.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def find_attention(view: GraphView, phase: str = "main") -> Found[AttentionSite]
 
 
 def _attention_kind(query: Node, key: Node, queries: Any, keys: Any) -> AttentionKind:
-    """Self attention projects queries and keys from one hidden tensor; joint attention joins two token streams first."""
+    """Self attention projects queries and keys from one hidden tensor; joint attention joins two streams first."""
     if _is_joined(query, queries) and _is_joined(key, keys):
         return "joint"
     query_sources, key_sources = _projected_from(query), _projected_from(key)

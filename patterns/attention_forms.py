@@ -3,8 +3,8 @@
     softmax(scale * query @ key^T + mask) @ value
 
 The matcher anchors on the rarest operator (SDPA, softmax) and walks outwards. Which tensor is the query, the key and
-the value, whether heads were repeated, and how the batch was folded is proved by evaluating the views in between on indices
-(`GraphView.is_layout_of`), so that every way of reshaping is covered by one rule.
+the value, whether heads were repeated, and how the batch was folded is proved by evaluating the views in between on
+indices (`GraphView.is_layout_of`), so that every way of reshaping is covered by one rule.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 
@@ -232,8 +233,8 @@ class GraphView:
                     raise NotEvaluable(step)
                 values[step] = stored
             elif step.op == "call_function":
-                args = torch.fx.node.map_arg(step.args, lambda n: values[n])
-                kwargs = torch.fx.node.map_arg(step.kwargs, lambda n: values[n])
+                args = map_arg(step.args, lambda n: values[n])
+                kwargs = map_arg(step.kwargs, lambda n: values[n])
                 assert callable(step.target)
                 values[step] = step.target(*args, **kwargs)
             else:
@@ -295,7 +296,7 @@ class GraphView:
 
     def _apply_view(self, node: Node, value: Tensor, sizes: Mapping[Any, int]) -> Tensor:
         assert callable(node.target)
-        args = torch.fx.node.map_arg(node.args, lambda n: value if n is node.args[0] else self.evaluate(n, {}, sizes))
+        args: Any = map_arg(node.args, lambda n: value if n is node.args[0] else self.evaluate(n, {}, sizes))
         if node.target in (aten.view.default, aten._unsafe_view.default):
             return value.reshape(args[1])
         kwargs = {} if node.target is aten.clone.default else node.kwargs

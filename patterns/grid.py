@@ -1,8 +1,8 @@
 """The latent grid (frames, height, width) of a video transformer, proved from the graph.
 
-Three kinds of evidence, each a shape that a model cannot have without the grid: the patch convolution's output, the axes
-of the rotary embedding's meshgrid, and the reshape that unpatchifies the last linear. Candidates are checked against each
-other: a fact counts where all evidence agrees.
+Three kinds of evidence, each a shape that a model cannot have without the grid: the patch convolution's output, the
+axes of the rotary embedding's meshgrid, and the reshape that unpatchifies the last linear. Candidates are checked
+against each other: a fact counts where all evidence agrees.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .graph import GraphView, dtype_of, same_size
-from .mask_samples import MaskSampler, Roles, Sample, Unproved
+from .graph import GraphView, same_size
+from .mask_samples import MaskSampler, Roles, Sample
+from .mask_sizes import Unproved, is_float
 
 MaskKind = Literal[
     "none", "always", "padding", "causal", "causal_top_left", "causal_bottom_right", "cache_causal", "unknown"
@@ -88,8 +89,7 @@ def analyse_mask(
     known = _KNOWN.setdefault(view, {})
     question = (mask, str(queries), str(keys))
     if question not in known:
-        dtype = dtype_of(mask)
-        additive = dtype is not None and dtype.is_floating_point
+        additive = is_float(mask)
         try:
             hypothesis, samples = _prove(MaskSampler(view, mask, queries, keys))
             known[question] = replace(_fact(hypothesis, samples, queries, keys), additive=additive)

@@ -1,7 +1,7 @@
 """Quality budgets: which of the proposed rewrites a program can afford.
 
-1. Every proposal is measured at its site: error on equal inputs, time before and after (`measure_sites`). A variant that
-   is slower than what it replaces is dropped, unless the user keeps what is smaller.
+1. Every proposal is measured at its site: error on equal inputs, time before and after (`measure_sites`). A variant
+   that is slower than what it replaces is dropped, unless the user keeps what is smaller.
 2. The sites with the largest errors are rewritten alone, and the program's output is compared (`output_errors`).
 3. All proposals are applied. If the whole program does not hold the budget, places are rolled back, those with the most
    error for their gain first, until it does. The number is found by doubling and then halving, since more rollbacks

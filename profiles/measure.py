@@ -1,8 +1,8 @@
 """What a variant costs and gains, measured on the program itself.
 
-`measure_sites` runs the canonical program once with every variant computed beside its original (shadow mode): the error
-at each site's own output, on equal inputs, and the time of both. `output_errors` rewrites one site at a time and looks at
-the program's output.
+`measure_sites` runs the canonical program once with every variant computed beside its original (shadow mode): the
+error at each site's own output, on equal inputs, and the time of both. `output_errors` rewrites one site at a time and
+looks at the program's output.
 """
 
 from __future__ import annotations

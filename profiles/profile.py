@@ -1,8 +1,8 @@
 """The file that replays decisions without search.
 
-JSON, with a published schema (`profile.schema.json` beside this file). It carries what it was made for: the fingerprint of the graph
-and of the weights, versions, hardware, the calibration data's hash and the figures that were measured. A profile that was made for something else is
-refused with the fields that differ.
+JSON, with a published schema (`profile.schema.json` beside this file). It carries what it was made for: the
+fingerprint of the graph and of the weights, versions, hardware, the calibration data's hash and the figures that were
+measured. A profile that was made for something else is refused with the fields that differ.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from ..errors import InvalidFile, StaleProfile
 from ..passes.decision import Decision
@@ -132,7 +133,7 @@ def fingerprint(phases: Mapping[str, ExportedProgram]) -> Fingerprint:
         for number, node in enumerate(exported.graph.nodes):
             numbers[node] = number
             target = view.target(node) or ("" if node.op == "placeholder" else str(node.target))
-            args = torch.fx.node.map_arg((node.args, node.kwargs), lambda n, known=numbers: f"%{known[n]}")
+            args = map_arg((node.args, node.kwargs), lambda n, known=numbers: f"%{known[n]}")
             graph.update(f"{node.op} {target} {args} {_shape(node, symbols)}\n".encode())
         for target, tensor in {**exported.state_dict, **exported.constants}.items():
             if isinstance(tensor, Tensor):

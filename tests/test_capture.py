@@ -1,9 +1,9 @@
 """What capture takes, what it proves, and what it refuses."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
-
-from dataclasses import dataclass
 
 import graphwright as gw
 from graphwright.errors import CaptureError, InvalidArgument, InvalidFile, InvalidType
@@ -44,7 +44,7 @@ def test_files_that_are_no_pt2_are_named(tmp_path, content) -> None:
     path = tmp_path / "model.pt2"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InvalidFile, match="model.pt2"):
+    with pytest.raises(InvalidFile, match=r"model\.pt2"):
         gw.capture(path)
 
 
@@ -52,7 +52,7 @@ def test_a_truncated_pt2_is_named(tmp_path) -> None:
     torch.export.save(torch.export.export(Mlp().eval(), (torch.randn(4, 32),)), tmp_path / "m.pt2")
     whole = (tmp_path / "m.pt2").read_bytes()
     (tmp_path / "m.pt2").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InvalidFile, match="m.pt2"):
+    with pytest.raises(InvalidFile, match=r"m\.pt2"):
         gw.capture(tmp_path / "m.pt2")
 
 
@@ -107,26 +107,26 @@ def test_a_batch_of_sequences() -> None:
 def _config(name: str, **options):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    common = dict(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
+    common = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**common, **options})).eval()
 
 
 DECODERS = {
-    "qwen3": dict(num_key_value_heads=2, head_dim=16),
-    "qwen2": dict(num_key_value_heads=2),
-    "mistral": dict(num_key_value_heads=2, sliding_window=8),
-    "gemma2": dict(num_key_value_heads=2, head_dim=16, sliding_window=8),
-    "phi3": dict(num_key_value_heads=2, pad_token_id=0),
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "qwen2": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 8},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "gpt_neox": {},
-    "olmo2": dict(num_key_value_heads=2),
+    "olmo2": {"num_key_value_heads": 2},
 }
 
 

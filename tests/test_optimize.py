@@ -162,7 +162,11 @@ def test_a_profile_of_another_graph_or_of_other_weights_is_refused(quantized) ->
 def test_plain_modules_with_dynamic_batches() -> None:
     x = torch.randn(5, 32)
     program = gw.optimize(
-        Mlp().eval(), (x,), dynamic_shapes=({0: torch.export.Dim("b", min=2, max=64)},), methods=["int8"], keep="smaller"
+        Mlp().eval(),
+        (x,),
+        dynamic_shapes=({0: torch.export.Dim("b", min=2, max=64)},),
+        methods=["int8"],
+        keep="smaller",
     )
     assert [(d.facts["role"], d.status) for d in program.decisions] == [("up", "kept"), ("head", "refused")]
     longer = torch.randn(33, 32)
