@@ -123,6 +123,7 @@ def capture_causal_lm(
     position = torch.arange(tokens, device=device)
     length = Dim("tokens", min=2, max=max_cache_len)
     exported = _export(wrapper, (ids, position), {}, ({1: length}, {0: length}))
+    _require_dynamic(exported, "input_ids", 1)
     decode = Condition(input="input_ids", measure="size", dim=1, at_least=1, at_most=1)
     empty = Condition(input="cache_position", measure="first", at_least=0, at_most=0)
     plans = (
@@ -318,6 +319,15 @@ def _names(exported: ExportedProgram) -> tuple[str, ...]:
     if len(flat) == len(args) + len(kwargs):
         return (*flat[: len(args)], *kwargs)
     return (*(f"arg{i}" for i in range(len(args))), *kwargs)
+
+
+def _require_dynamic(exported: ExportedProgram, name: str, dim: int) -> None:
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if node.name == name and isinstance(node.meta["val"].shape[dim], int):
+            raise CaptureError(
+                f"the model fixes dimension {dim} of {name} at {node.meta['val'].shape[dim]} when it is exported;"
+                " versions of transformers before 5 do that with static caches"
+            )
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int = 5
         tokenizer: Makes the tokens; it adds none of its own.
         text: The text.
         window: Tokens in a window, at least 2.
-        limit: At most this many windows, from the start.
+        limit: At most this many windows, spread evenly over the text.
 
     Returns:
         The tokens, int64 [n, window].
@@ -54,7 +54,10 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int = 5
     count = len(tokens) // window
     if count == 0:
         raise InvalidArgument(f"got a text of {len(tokens)} tokens, expected at least one window of {window}")
-    return tokens[: count * window].view(count, window)[:limit]
+    windows = tokens[: count * window].view(count, window)
+    if limit is None or limit >= count:
+        return windows
+    return windows[torch.arange(limit) * count // limit + count // (2 * limit)]
 
 
 def perplexity(logits_of: Callable[[Tensor], Tensor], windows: Tensor, progress: bool = True) -> float:

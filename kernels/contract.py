@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument, MissingKernel
+from ..torch_private import OpOverload
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -133,7 +134,7 @@ class Operator:
     """What a reader of a graph or a lowering needs to know of an operator."""
 
     name: str
-    overload: torch._ops.OpOverload
+    overload: OpOverload
     reference: Callable[..., Tensor]
     contract: Contract
 
@@ -142,7 +143,7 @@ OPERATORS: dict[str, Operator] = {}
 """Every operator whose module has been imported, by its name in the namespace ``graphwright``."""
 
 
-def register(overload: torch._ops.OpOverload, reference: Callable[..., Tensor], contract: Contract) -> Operator:
+def register(overload: OpOverload, reference: Callable[..., Tensor], contract: Contract) -> Operator:
     """Enter an operator in ``OPERATORS`` under its contract's name."""
     operator = Operator(contract.operator, overload, reference, contract)
     OPERATORS[operator.name] = operator

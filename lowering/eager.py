@@ -10,6 +10,7 @@ end.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -38,14 +39,14 @@ def lower_eager(exported: ExportedProgram) -> Callable[..., tuple[Any, ...]]:
 
     Returns:
         A `GraphModule` that takes the user inputs, flat, and returns the user outputs, flat. State is written into the
-        very tensors of `exported.state_dict`, so phases that share them see each other's writes.
+        very tensors of `exported.state_dict`, so phases that share them see each other's writes; inputs that the model
+        writes are written too. What is returned never shares memory with what is written.
     """
     signature = exported.graph_signature
     root = nn.Module()
     graph = Graph()
     mapping: dict[Node, Node] = {}
     inputs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
-    state: dict[str, Node] = {}
     for node in exported.graph.find_nodes(op="placeholder", sort=True):
         spec = inputs[node.name]
         if spec.kind is InputKind.USER_INPUT or spec.target is None:
@@ -57,73 +58,72 @@ def lower_eager(exported: ExportedProgram) -> Callable[..., tuple[Any, ...]]:
         name = node.name
         root.register_buffer(name, stored.detach() if isinstance(stored, nn.Parameter) else stored, persistent=False)
         mapping[node] = graph.get_attr(name)
-        state[spec.target] = mapping[node]
 
+    returned = exported.graph.output_node().args[0]
+    assert isinstance(returned, list | tuple)
+    # An input that the model writes is named by its placeholder, state by its qualified name.
+    bases = {inputs[node.name].target or node.name: node for node in mapping}
     writes = {
-        spec.arg.name: spec.target
-        for spec in signature.output_specs
-        if spec.kind is OutputKind.BUFFER_MUTATION and spec.target is not None
+        bases[spec.target]: value
+        for value, spec in zip(returned, signature.output_specs, strict=True)
+        if spec.kind is not OutputKind.USER_OUTPUT and spec.target is not None and isinstance(value, Node)
     }
     order = {node: position for position, node in enumerate(exported.graph.nodes)}
-    stored_back: dict[str, Node] = {}
+    in_place = {value: base for base, value in writes.items() if _may_be_in_place(value, base, order)}
     for node in exported.graph.nodes:
         if node.op not in ("call_function", "get_attr"):
             continue
-        copy = graph.node_copy(node, mapping.__getitem__)
-        target = writes.get(node.name)
-        if target is not None and _may_be_in_place(node, inputs, target, order):
-            copy.target = IN_PLACE[node.target]
-        elif target is not None:
-            stored_back[target] = copy
+        mapping[node] = graph.node_copy(node, mapping.__getitem__)
+        if node in in_place:
+            mapping[node].target = IN_PLACE[node.target]
         if node.op == "get_attr":
             setattr(root, str(node.target), getattr(exported.graph_module, str(node.target)))
-        mapping[node] = copy
-    returned = exported.graph.output_node().args[0]
-    assert isinstance(returned, list | tuple)
-    for value, spec in zip(returned, signature.output_specs, strict=True):
-        # A state buffer that becomes a value computed elsewhere, such as an input, is stored too.
-        if spec.kind is OutputKind.BUFFER_MUTATION and isinstance(value, Node) and value.op == "placeholder":
-            stored_back[str(spec.target)] = mapping[value]
-    for target, value in stored_back.items():
-        graph.call_function(aten.copy_.default, (state[target], value))
-    users = []
-    for value, spec in zip(returned, signature.output_specs, strict=True):
-        if spec.kind is not OutputKind.USER_OUTPUT:
-            continue
-        result = mapping[value] if isinstance(value, Node) else value
-        if isinstance(value, Node) and value.name in writes:
-            # The caller must not see the next call's write in a value that it was given.
-            result = graph.call_function(aten.clone.default, (result,))
-        users.append(result)
+
+    def kept(value: Node, unstable: set[Node]) -> Node:
+        """The value, copied where it may be a view of something that is written after it."""
+        return graph.call_function(aten.clone.default, (mapping[value],)) if value in unstable else mapping[value]
+
+    written = {alias for node in (*writes, *writes.values()) for alias in _aliases(node)}
+    users = [
+        kept(value, written) if isinstance(value, Node) else value
+        for value, spec in zip(returned, signature.output_specs, strict=True)
+        if spec.kind is OutputKind.USER_OUTPUT
+    ]
+    copied = {base: value for base, value in writes.items() if in_place.get(value) is not base}
+    overwritten = {alias for base in copied for alias in _aliases(base)}
+    stored_back = {base: kept(value, overwritten) for base, value in copied.items()}
+    for base, value in stored_back.items():
+        graph.call_function(aten.copy_.default, (mapping[base], value))
     graph.output(tuple(users))
     graph.lint()
     return GraphModule(root, graph, class_name="Eager")
 
 
-def _may_be_in_place(node: Node, inputs: dict[str, Any], target: str, order: dict[Node, int]) -> bool:
-    """Whether a write may overwrite its base: the base is the buffer itself, and nobody reads it later."""
-    base = node.args[0] if node.args else None
-    if node.target not in IN_PLACE or not isinstance(base, Node) or base.op != "placeholder":
+def _may_be_in_place(node: Node, base: Node, order: dict[Node, int]) -> bool:
+    """Whether a write may overwrite its base: nobody reads the old contents later, nor the write itself by a view."""
+    if node.target not in IN_PLACE or node.args[0] is not base or _shape(base) != _shape(node):
         return False
-    if inputs[base.name].target != target or _shape(base) != _shape(node):
+    aliases = _aliases(base)
+    if any(argument in aliases for argument in (*node.args[1:], *node.kwargs.values())):
         return False
-    return all(order[user] <= order[node] for user in _readers(base))
+    return all(order[user] <= order[node] for alias in aliases for user in alias.users)
 
 
-def _readers(base: Node) -> set[Node]:
-    """Everything that reads a buffer's storage: its users, and the users of views of it."""
-    readers: set[Node] = set()
-    stack = list(base.users)
+def _aliases(base: Node) -> set[Node]:
+    """A node and everything that may be a view of it."""
+    found = {base}
+    stack = [base]
     while stack:
-        user = stack.pop()
-        if user in readers:
-            continue
-        readers.add(user)
-        schema = getattr(user.target, "_schema", None)
-        aliases = schema is not None and any(ret.alias_info is not None for ret in schema.returns)
-        if aliases or user.target is aten.reshape.default:
-            stack.extend(user.users)
-    return readers
+        views = [user for user in stack.pop().users if user not in found and _is_view(user)]
+        found.update(views)
+        stack += views
+    return found
+
+
+def _is_view(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    declared = schema is not None and any(value.alias_info is not None for value in schema.returns)
+    return declared or node.target in (operator.getitem, aten._unsafe_view.default)
 
 
 def _shape(node: Node) -> tuple[Any, ...]:

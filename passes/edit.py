@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,37 +30,7 @@ from torch.fx.node import map_arg
 from ..errors import VerificationError
 from ..patterns.graph import GraphView, aten
 from ..torch_private import FakeTensorMode
-
-
-@dataclass
-class Change:
-    """What one transaction did, so that it can be taken back."""
-
-    label: str
-    added: list[Node] = field(default_factory=list)
-    redirected: list[tuple[Node, Node, tuple[Node, ...]]] = field(default_factory=list)
-    undone: bool = False
-
-    def undo(self) -> None:
-        """Restore the graph to what it was before this change.
-
-        Raises:
-            VerificationError: A later change builds on a node that this one added.
-        """
-        if self.undone:
-            return
-        for old, new, users in reversed(self.redirected):
-            for user in users:
-                user.replace_input_with(new, old)
-        mine = set(self.added)
-        for node in reversed(self.added):
-            others = [user for user in node.users if user not in mine]
-            if others:
-                raise VerificationError(f"{self.label}: {others[0].name} builds on {node.name}, which is to be undone")
-        for node in reversed(self.added):
-            if node.op != "placeholder" and not node.users:
-                node.graph.erase_node(node)
-        self.undone = True
+from .change import Change, positions_of, redirect
 
 
 class Edit:
@@ -80,6 +49,7 @@ class Edit:
         self.shadow = False
         """Let `replace` note what would replace what, without doing it."""
         self._change = Change("edit")
+        self._replaced: dict[Node, tuple[Node, Change]] = {}
         self._touched: set[Node] = set()
         self._view: GraphView | None = None
         self._fake = _fake_mode(exported)
@@ -99,21 +69,36 @@ class Edit:
     @contextmanager
     def transaction(self, label: str) -> Iterator[Change]:
         """Group edits into one change; when the body raises, the graph is what it was."""
-        outer, self._change = self._change, Change(label)
+        change = Change(label)
+        outer, self._change = self._change, change
         try:
-            yield self._change
+            yield change
         except BaseException:
-            self._change.undo()
+            change.undo()
             raise
         finally:
             self._change = outer
+        if not self.shadow:
+            self._replaced.update({old: (new, change) for old, new, _ in change.redirected})
+
+    def current(self, node: Node) -> Node:
+        """What stands for a node now: its replacement, where a transaction that is closed replaced it.
+
+        Sites are matched before any of them is rewritten, so the input of one may be the output of another.
+        """
+        while node in self._replaced:
+            new, change = self._replaced[node]
+            if change.undone:
+                break
+            node = new
+        return node
 
     def call(self, target: Any, *args: Any, like: Node, before: Node | None = None, **kwargs: Any) -> Node:
         """Insert a call.
 
         Args:
             target: An operator (`torch.ops...`).
-            args: Nodes and constants.
+            args: Nodes and constants; what an earlier transaction replaced is read from its replacement.
             like: The node whose module path and source line the new one inherits.
             before: Where to insert; `like` by default.
             kwargs: As `args`.
@@ -121,8 +106,9 @@ class Edit:
         Returns:
             The new node, with `meta["val"]` computed on fake tensors.
         """
+        inputs, named = map_arg((args, kwargs), self.current)
         with self.graph.inserting_before(before or like):
-            node = self.graph.call_function(target, args, kwargs)
+            node = self.graph.call_function(target, inputs, named)
         for key in ("nn_module_stack", "stack_trace", "torch_fn"):
             if key in like.meta:
                 node.meta[key] = like.meta[key]
@@ -143,11 +129,11 @@ class Edit:
     def replace(self, old: Node, new: Node) -> None:
         """Let every user of `old` (outputs included) read `new` instead."""
         if self.shadow:
-            self._change.redirected.append((old, new, ()))
+            self._change.redirected.append((old, new, {}))
             return
-        users = tuple(user for user in old.users if user is not new)
-        for user in users:
-            user.replace_input_with(old, new)
+        users = {user: positions_of(user, old) for user in old.users if user is not new}
+        for user, positions in users.items():
+            redirect(user, old, new, positions)
         self._touched.update(users)
         self._change.redirected.append((old, new, users))
 

@@ -88,10 +88,10 @@ class PassManager:
             nodes = len(exported.graph.nodes)
             started = time.perf_counter()
             result = step.run(edit)
-            edit.finish()
-            seconds = time.perf_counter() - started
-            started = time.perf_counter()
             try:
+                _finish(edit, step.name)
+                seconds = time.perf_counter() - started
+                started = time.perf_counter()
                 verify(exported, step.ensures, step.name, edit.touched)
                 difference = self._difference(step, exported, reference) if result.changed else None
             except VerificationError as error:
@@ -123,6 +123,13 @@ class PassManager:
                 f"after {step.name}: outputs differ by {difference:.2g} of their largest value, allowed {limit:g}"
             )
         return difference
+
+
+def _finish(edit: Edit, name: str) -> None:
+    try:
+        edit.finish()
+    except Exception as error:
+        raise VerificationError(f"after {name}: {type(error).__name__}: {error}") from error
 
 
 def _dtypes(exported: ExportedProgram) -> set[torch.dtype]:

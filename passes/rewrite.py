@@ -16,9 +16,10 @@ from torch.fx import Node
 from ..errors import GraphwrightError
 from ..patterns.find import find_sites
 from .base import pass_named
+from .change import Change
 from .decision import Decision
 from .dialects import verify
-from .edit import Change, Edit
+from .edit import Edit
 
 
 @dataclass
@@ -82,9 +83,11 @@ def apply_decisions(
     """
     edit = Edit(exported, shared)
     edit.shadow = shadow
-    sites = {site.id: site for site in find_sites(edit.view, phase).all}
     rewriting = Rewriting(edit, {}, {}, {})
-    for decision in _of_phase(decisions, phase):
+    wanted = _of_phase(decisions, phase)
+    families = {decision.site.rsplit("/", 1)[-1].partition("[")[0] for decision in wanted}
+    sites = {site.id: site for site in find_sites(edit.view, phase, families).all}
+    for decision in wanted:
         step = pass_named(decision.pass_name, decision.options)
         site = sites.get(decision.site)
         if site is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .attention import AttentionSite, find_attention
@@ -9,7 +10,7 @@ from .cache import CacheSite, find_caches
 from .graph import GraphView, Refusal
 from .linear import LinearSite, find_linears
 from .norm import NormSite, find_norms
-from .site import Site
+from .site import Found, Site
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,21 @@ class Sites:
         return max(self.refusals.get(family, ()), key=lambda refusal: refusal.depth, default=None)
 
 
-def find_sites(view: GraphView, phase: str = "main") -> Sites:
-    """Match every family on a canonical program."""
-    attention, linear = find_attention(view, phase), find_linears(view, phase)
-    cache, norm = find_caches(view, phase), find_norms(view, phase)
+FAMILIES = ("attention", "linear", "cache", "norm")
+
+
+def find_sites(view: GraphView, phase: str = "main", families: Collection[str] = FAMILIES) -> Sites:
+    """Match families on a canonical program.
+
+    Args:
+        view: The graph.
+        phase: Its name, first part of the sites' ids.
+        families: Which to look for; the others come out empty.
+    """
+    attention = find_attention(view, phase) if "attention" in families else Found[AttentionSite](())
+    linear = find_linears(view, phase) if "linear" in families else Found[LinearSite](())
+    cache = find_caches(view, phase) if "cache" in families else Found[CacheSite](())
+    norm = find_norms(view, phase) if "norm" in families else Found[NormSite](())
     refusals = {
         "attention": attention.refusals,
         "linear": linear.refusals,

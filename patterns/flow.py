@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .attention_forms import SDPA, SOFTMAX
+from ..torch_private import OpOverload
 from .graph import CASTS, VIEWS, GraphView, aten, is_call, same_shape, shape_of
 
 LINEAR = aten.linear.default
@@ -131,7 +132,7 @@ class Flows:
             return self._sum(inputs)
         if target in ACTIVATIONS:
             return _mapped(_product(inputs), lambda trace: Trace(True, trace.factors))
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+        if isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags:
             return _product(inputs)
         return None
 

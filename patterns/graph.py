@@ -199,8 +199,8 @@ class GraphView:
                 wanted = primes[(position + round_ * 3) % len(primes)]
                 limits = self.exported.range_constraints.get(symbol)
                 if limits is not None:
-                    low = int(limits.lower) if limits.lower.is_finite else wanted
-                    high = int(limits.upper) if getattr(limits.upper, "is_finite", False) else 1 << 30
+                    # An unbounded end is no number: it is compared, never converted.
+                    low, high = int(max(limits.lower, 0)), int(min(limits.upper, 1 << 30))
                     wanted = max(low, min(high, wanted))
                 values[symbol] = wanted
             result.append(values)

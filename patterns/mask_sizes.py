@@ -24,8 +24,8 @@ LOWEST = -9e3
 """At or below, an addend removes a key: older models write -10000, which is -9984 in bfloat16."""
 
 _ENDLESS = 1 << 30  # stands for a size without bound
-_LENGTHS = (130, 1030)  # tokens at which to look for what no single constant tells of, where that is cheap
-_CHEAP_BYTES = 1 << 25  # most that an evaluation allocates where others would do as well
+_LENGTHS = (130, 1000)  # tokens at which to look for what no single constant tells of, where that is cheap
+_CHEAP_BYTES = 1 << 24  # most that an evaluation allocates where others would do as well
 _MOST_BYTES = 1 << 30  # most that the one evaluation past the constants allocates: a window of 4096 takes a fifth
 
 

@@ -125,7 +125,9 @@ def test_windows_are_the_text_in_order(tokenizer):
     assert windows.dtype == torch.int64
     assert windows.shape == (len(tokens) // 100, 100)
     assert windows.flatten().tolist() == tokens[: windows.numel()]
-    assert torch.equal(token_windows(tokenizer, text, window=100, limit=2), windows[:2])
+    spread = token_windows(tokenizer, text, window=100, limit=2)
+    assert len(spread) == 2
+    assert all(any(torch.equal(row, other) for other in windows) for row in spread)
     with pytest.raises(InvalidArgument, match="at least one window of 100000"):
         token_windows(tokenizer, text, window=100_000)
 
