@@ -3,7 +3,10 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && ! command -v python3.
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench format clean
+.PHONY: help demo test check bench format clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 demo: $(STAMP)  ## optimize SmolLM2-135M and show what happened
 	$(BIN)/graphwright demo

@@ -369,7 +369,8 @@ def _no_pickle(path: Path, trust: bool) -> Iterator[None]:
     def safe_load(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("weights_only") is False:
             raise InvalidFile(
-                f"{path}: its sample inputs can only be read by unpickling, which can run code; pass trust=True"
+                f"{path}: its sample inputs can only be read by unpickling, which can run code;"
+                " read it with gw.capture(path, trust=True)"
             )
         kwargs["weights_only"] = True
         return original(*args, **kwargs)

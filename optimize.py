@@ -7,7 +7,7 @@ answers its question.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from .passes.merge_duplicates import MergeDuplicates
 from .passes.rewrite import apply_decisions
 from .patterns.find import Sites, find_sites
 from .patterns.graph import GraphView
+from .patterns.text import graph_text
 from .phases import Phase, PhasePlan, state_of
 from .profiles.budget import Budget, FrontierPoint, fewest_rollbacks, gains, places_by_harm
 from .profiles.calibration import calibration_inputs
@@ -36,7 +37,7 @@ from .profiles.method import Context, Method, method_named
 from .profiles.profile import Profile, data_hash, fingerprint, hardware, versions
 from .program import History, Program
 from .progress import Progress
-from .report import graph_text
+from .report import Inspection
 from .torch_private import pytree
 
 TARGETS = ("eager",)
@@ -191,12 +192,13 @@ def _check_same(base: ExportedProgram, fixed: ExportedProgram, phase: str) -> No
 def _measure(prepared: Prepared, decisions: list[Decision], inputs: Mapping[str, list[list[Any]]], keep: Keep) -> None:
     """Error and time of every proposal at its own site; what is slower is refused."""
     started = time.perf_counter()
+    least: dict[Any, float] = {}
     for phase in prepared.phases:
         proposals = [d for d in decisions if d.phase == phase.name and d.status == "proposed"]
         flat = inputs.get(phase.name, [])
         if not proposals or not flat:
             continue
-        measured, failed = measure_sites(phase.exported, phase.name, proposals, flat[:1], prepared.shared)
+        measured, failed = measure_sites(phase.exported, phase.name, proposals, flat[:1], prepared.shared, least)
         for decision in proposals:
             measure = measured.get(decision.site)
             if measure is None:
@@ -222,57 +224,67 @@ def _hold_budget(
     """Roll back places until the whole program holds the budget."""
     decisions = profile.decisions
     proposed = [d for d in decisions if d.status == "proposed"]
-    if not proposed:
+    name = _widest_phase(prepared, {d.phase for d in proposed})
+    if name is None:
         return
-    name = _widest_phase(prepared)
-    flat = inputs[name][:1]
-    exported = prepared.exported[name]
     worst = sorted((d for d in proposed if d.phase == name), key=lambda d: -(d.local_error or 0.0))[: budget.probes]
     with bar.stage("effect on the output", len(worst)):
-        errors = output_errors(exported, name, worst, flat, prepared.shared, bar.step)
+        errors = output_errors(prepared.exported[name], name, worst, inputs[name][:1], prepared.shared, bar.step)
     for decision in worst:
         decision.output_error = errors.get(decision.site)
 
     if budget.evaluate is not None:
-        baseline = float(budget.evaluate(_build(prepared, _empty(profile))))
+        evaluate = budget.evaluate
+        baseline = float(evaluate(_build(prepared, _with(profile, []))))
         limit = baseline - (budget.max_drop or 0.0)
     else:
+        evaluate = _output_error(prepared, inputs)
         baseline, limit = 0.0, -(budget.max_error or 0.0)
-    reference = [run_functional(exported, values) for values in inputs[name]]
 
     def score(rolled_back: Sequence[str]) -> float:
         bar.step()
-        trial = profile.model_copy(update={"decisions": _without(decisions, rolled_back)})
-        if budget.evaluate is not None:
-            return float(budget.evaluate(_build(prepared, trial)))
-        copy = copy_exported(exported)
-        apply_decisions(copy, name, trial.decisions, prepared.shared).commit()
-        return -relative_error(exported, reference, [run_functional(copy, values) for values in inputs[name]])
+        return float(evaluate(_build(prepared, _with(profile, _without(decisions, rolled_back)))))
 
-    order = places_by_harm([d for d in proposed if d.phase == name])
+    order = places_by_harm(proposed)
     with bar.stage("hold the budget"):
         count, seen = fewest_rollbacks(order, score, lambda value: value >= limit)
+    profile.measured["budget"] = {
+        "metric": "evaluate" if budget.evaluate is not None else budget.metric,
+        "baseline": baseline,
+        "limit": limit,
+        "rolled_back": count,
+    }
+    profile.measured["frontier"] = [
+        FrontierPoint(
+            rolled_back=number, kept=len(order) - number, score=value, gain=gains(proposed, order[:number]), holds=ok
+        ).model_dump()
+        for number, value, ok in sorted(seen)
+    ]
     for decision in proposed:
         if decision.place in order[:count]:
             decision.status = "rolled_back"
             decision.reason = "the program does not hold the budget with it"
-    profile.measured["budget"] = {"baseline": baseline, "limit": limit, "rolled_back": count}
-    profile.measured["frontier"] = [
-        FrontierPoint(
-            rolled_back=number,
-            kept=len(order) - number,
-            score=value,
-            gain=gains(proposed, order[:number]) if number else gains(decisions),
-            holds=ok,
-        ).model_dump()
-        for number, value, ok in sorted(seen)
-    ]
 
 
-def _widest_phase(prepared: Prepared) -> str:
-    """The phase that computes most at once: prefill of a language model, the only phase of others."""
-    names = [phase.name for phase in prepared.phases]
-    return "prefill" if "prefill" in names else names[-1]
+def _output_error(prepared: Prepared, inputs: Mapping[str, list[list[Any]]]) -> Callable[[Program], float]:
+    """The largest relative error of any phase's output against the canonical one, negative: higher is better."""
+    reference = {
+        name: [run_functional(exported, flat) for flat in inputs[name]] for name, exported in prepared.exported.items()
+    }
+
+    def evaluate(program: Program) -> float:
+        return -max(
+            relative_error(phase.exported, reference[name], [run_functional(phase.exported, f) for f in inputs[name]])
+            for name, phase in program.phases.items()
+        )
+
+    return evaluate
+
+
+def _widest_phase(prepared: Prepared, phases: Collection[str]) -> str | None:
+    """Of some phases the one that computes most at once: prefill of a language model, else the last."""
+    names = [phase.name for phase in prepared.phases if phase.name in phases]
+    return "prefill" if "prefill" in names else (names[-1] if names else None)
 
 
 def _without(decisions: Sequence[Decision], places: Sequence[str]) -> list[Decision]:
@@ -280,8 +292,8 @@ def _without(decisions: Sequence[Decision], places: Sequence[str]) -> list[Decis
     return [d for d in decisions if d.place not in dropped]
 
 
-def _empty(profile: Profile) -> Profile:
-    return profile.model_copy(update={"decisions": []})
+def _with(profile: Profile, decisions: list[Decision]) -> Profile:
+    return profile.model_copy(update={"decisions": decisions})
 
 
 def _build(prepared: Prepared, profile: Profile) -> Program:
@@ -368,7 +380,7 @@ def inspect(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
-) -> Any:
+) -> Inspection:
     """Find a model's sites without rewriting any.
 
     Args:
@@ -380,8 +392,6 @@ def inspect(
     Returns:
         An `Inspection`: print it for a table; `.sites` has the sites by phase, `.to_json()` plain data.
     """
-    from .report import Inspection
-
     return Inspection(prepare(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)).sites)
 
 
@@ -391,15 +401,29 @@ def search(
     kwargs: Mapping[str, Any] | None = None,
     *,
     methods: Sequence[Method | str],
-    **options: Any,
+    dynamic_shapes: Any = None,
+    calibration: Iterable[Any] | None = None,
+    budget: Budget | None = None,
+    keep: Keep = "faster",
+    progress: bool = True,
 ) -> Profile:
-    """Decide without keeping the program: the profile that `optimize(profile=...)` replays.
+    """Decide without keeping the program; the arguments are those of `optimize`.
 
-    Args:
-        model: As in `optimize`.
-        args: As in `optimize`.
-        kwargs: As in `optimize`.
-        methods: As in `optimize`.
-        options: Further arguments of `optimize`.
+    Returns:
+        The profile, which `optimize(profile=...)` replays.
+
+    Raises:
+        GraphwrightError: As `optimize`.
     """
-    return optimize(model, args, kwargs, methods=methods, **options).profile
+    program = optimize(
+        model,
+        args,
+        kwargs,
+        dynamic_shapes=dynamic_shapes,
+        methods=methods,
+        calibration=calibration,
+        budget=budget,
+        keep=keep,
+        progress=progress,
+    )
+    return program.profile

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .archive.container import Contents, read_archive, write_archive
 from .errors import InvalidFile
-from .passes.base import pass_named
+from .passes.base import discover
 from .passes.manager import PassRecord
 from .patterns.graph import Refusal
 from .phases import Phase, PhasePlan
@@ -64,7 +64,7 @@ def load(path: str | Path) -> Program:
     Raises:
         InvalidFile: The file is missing, foreign, truncated, or holds something that a program does not.
     """
-    pass_named("quantize_linear")  # Importing the passes registers every graphwright operator.
+    discover()  # The graphs call graphwright's operators, which importing the passes registers.
     contents = read_archive(path)
     try:
         document, stored = contents.documents["program"], contents.documents["history"]

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
-from torch import Tensor
-from torch.export import ExportedProgram
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from .errors import InvalidArgument
 from .passes.decision import Decision
 from .patterns.find import Sites
-from .patterns.graph import GraphView, is_size, shape_of
+from .patterns.graph import GraphView, shape_of
+from .patterns.text import graph_line, graph_text, type_text
 
 if TYPE_CHECKING:
     from .program import Program
@@ -133,7 +131,8 @@ class Report(_Printable):
                 parts.append(self._frontier(frontier))
         else:
             parts.append("No method was asked for: this is the canonical program, exact.")
-        parts.append(self._passes())
+        if any(record.changed for record in self.program.history.passes):
+            parts.append(self._passes())
         return Group(*parts)
 
     def _phases(self) -> Table:
@@ -191,15 +190,18 @@ class Report(_Printable):
 
     def _frontier(self, frontier: list[dict[str, Any]]) -> Table:
         budget = self.program.profile.measured["budget"]
+        error = budget["metric"] != "evaluate"
         title = f"budget: canonical {budget['baseline']:.6g}, must stay above {budget['limit']:.6g}"
+        if error:
+            title = f"budget: relative L2 error of the output at most {-budget['limit']:.4g}"
         table = Table(title=title, title_justify="left")
-        for column in ("rolled back", "kept", "score", "share of linear arithmetic", "holds"):
+        for column in ("rolled back", "kept", "error" if error else "score", "share of linear arithmetic", "holds"):
             table.add_column(column, justify="right")
         for point in frontier:
             table.add_row(
                 str(point["rolled_back"]),
                 str(point["kept"]),
-                f"{point['score']:.6g}",
+                f"{abs(point['score']) if error else point['score']:.6g}",
                 f"{point['gain']:.1%}",
                 "yes" if point["holds"] else "no",
             )
@@ -267,27 +269,6 @@ def diff(program: Program, phase: str) -> str:
     )
 
 
-def graph_text(exported: ExportedProgram) -> list[str]:
-    """The graph as readable lines, one a call, with shapes, weight names and module paths."""
-    view = GraphView(exported)
-    return [graph_line(view, node) for node in exported.graph.nodes if node.op in ("call_function", "output")]
-
-
-def graph_line(view: GraphView, node: Node) -> str:
-    """One call: `%name: f32[1, s, 576] = aten.linear.default(%x, weight)  # module path`."""
-
-    def shown(argument: Node) -> Any:
-        return _Bare(view.target(argument) or f"%{argument.name}")
-
-    mapped: Any = map_arg((node.args, node.kwargs), shown)
-    args, kwargs = mapped
-    if node.op == "output":
-        return f"return {', '.join(map(str, args[0]))}"
-    listed = [*map(str, args), *(f"{name}={value}" for name, value in kwargs.items())]
-    where = view.module_path(node)
-    return f"%{node.name}: {_type(node)} = {node.target}({', '.join(listed)})" + (f"  # {where}" if where else "")
-
-
 def to_networkx(program: Program, phase: str) -> nx.DiGraph:
     """The phase's graph; node attributes are plain strings, so GraphML export works."""
     _check_phase(program, phase)
@@ -300,7 +281,7 @@ def to_networkx(program: Program, phase: str) -> nx.DiGraph:
             node.name,
             op=node.op,
             target=view.target(node) or str(node.target),
-            type=_type(node),
+            type=type_text(node),
             module=view.module_path(node),
             source=view.source(node),
             **{f"made_by_{key}": str(value) for key, value in provenance.items()},
@@ -313,24 +294,6 @@ def to_networkx(program: Program, phase: str) -> nx.DiGraph:
 def dump_json(value: _Printable) -> str:
     """A report or inspection as JSON text."""
     return json.dumps(value.to_json(), indent=1, default=str)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-class _Bare(str):
-    """A string that shows without quotes inside lists and tuples."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-def _type(node: Node) -> str:
-    value = node.meta.get("val")
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
-    if isinstance(value, list | tuple):
-        return f"({', '.join('tensor' if isinstance(item, Tensor) else str(item) for item in value)})"
-    return "size" if is_size(node) else "-"
 
 
 def _site_table(phase: str, sites: Sites) -> Table:

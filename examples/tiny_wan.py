@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--png", help="write frames here, the model's above the program's")
     options = parser.parse_args()
 
-    model, prompt = load_tiny_wan(), load_prompts()[options.prompt][None]
+    model, prompt = load_tiny_wan(), load_prompts()[options.prompt]
     inputs = {
         "hidden_states": torch.zeros(1, 12, 8, options.size // 2, options.size // 2),
         "timestep": torch.tensor([500.0]),
@@ -41,7 +41,7 @@ def main() -> None:
         print(f"{name}: {time.perf_counter() - started:.1f} s for {options.steps} steps")
     print(f"PSNR of the program's video against the model's: {psnr(videos['model'], videos['program']):.1f} dB")
     if options.png:
-        write_png_grid(options.png, videos, 8)
+        write_png_grid(options.png, list(videos.values()), range(8))
 
 
 if __name__ == "__main__":

@@ -156,8 +156,7 @@ def missing_kernel(operator: Operator | str, device: torch.device | str, reason:
     devices = OPERATORS[name].contract.devices if name in OPERATORS else ("cpu", "cuda")
     return MissingKernel(
         f"graphwright::{name} has no kernel for device {str(device)!r}{f': {reason}' if reason else ''}. "
-        f"Move the program to {' or '.join(devices)}, or lower it to a target that inlines the reference body "
-        f"(onnx), or leave the method out that brought this operator in."
+        f"Move the program to {' or '.join(devices)}, or leave the method out that brought this operator in."
     )
 
 

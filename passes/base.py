@@ -36,6 +36,11 @@ class _Registered:
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if not inspect.isabstract(cls) and "name" in cls.__dict__:
+            known = _REGISTRY.setdefault(cls.name, cls)
+            if known.__qualname__ != cls.__qualname__ or known.__module__ != cls.__module__:
+                raise InvalidArgument(
+                    f"{cls.__qualname__}: the pass name {cls.name!r} is taken by {known.__qualname__}"
+                )
             _REGISTRY[cls.name] = cls
 
 
@@ -89,7 +94,7 @@ def pass_named(name: str, options: dict[str, Any] | None = None) -> Any:
     Raises:
         InvalidArgument: No pass has this name, or it has no such option; the message lists those that there are.
     """
-    _discover()
+    discover()
     kind = _REGISTRY.get(name)
     if kind is None:
         raise InvalidArgument(f"unknown pass {name!r}; there are {', '.join(sorted(_REGISTRY))}")
@@ -102,7 +107,8 @@ def pass_named(name: str, options: dict[str, Any] | None = None) -> Any:
     return kind(**(options or {}))
 
 
-def _discover() -> None:
+def discover() -> None:
+    """Import every pass of this folder, which registers them and the operators that they call."""
     package = importlib.import_module(__package__ or "")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")

@@ -151,4 +151,4 @@ def _is_symbolic(node: Node) -> bool:
 
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Largest difference that re-associating sums may cause in an exact pass, by dtype of the program's weights."""
+"""Largest difference that re-associating sums may cause in an exact pass, by the least precise dtype in it."""

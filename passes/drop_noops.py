@@ -56,7 +56,10 @@ class DropNoops(Pass):
                 changed += 1
             elif node.target in RESHAPES and len(node.args) == 2:
                 source = _before_reshapes(node)
-                if node.target is not aten.reshape.default or source is not node.args[0]:
+                if _is_identity(node, source):
+                    edit.replace(node, source)
+                    changed += 1
+                elif node.target is not aten.reshape.default or source is not node.args[0]:
                     edit.replace(node, edit.call(aten.reshape.default, source, node.args[1], like=node))
                     changed += 1
         return PassResult(changed)
@@ -70,11 +73,14 @@ def _same_as(edit: Edit, node: Node) -> Node | None:
     target: Any = node.target
     if target in _ALIASES or _is_identity(node, source):
         return source
-    returned = any(user.op == "output" for user in node.users)
-    if target in _COPIES and not returned and not edit.view.is_state(source):
+    if target in _COPIES and not _is_returned(node) and not edit.view.is_state(source):
         # A copy made for a later view is turned into a reshape together with that view.
         return None if any(user.target in RESHAPES for user in node.users) else source
     return None
+
+
+def _is_returned(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
 
 
 def _is_identity(node: Node, source: Node) -> bool:

@@ -133,8 +133,10 @@ def _finish(edit: Edit, name: str) -> None:
 
 
 def _dtypes(exported: ExportedProgram) -> set[torch.dtype]:
-    stored = {t.dtype for t in exported.state_dict.values() if isinstance(t, Tensor) and t.dtype in TOLERANCE}
-    return stored or {torch.float32}
+    """The floating-point types that the program computes in; a program without weights has them too."""
+    values = (node.meta.get("val") for node in exported.graph.nodes)
+    computed = {value.dtype for value in values if isinstance(value, Tensor) and value.dtype in TOLERANCE}
+    return computed or {torch.float32}
 
 
 def _ordered(passes: Sequence[Pass]) -> list[Pass]:

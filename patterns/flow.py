@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .attention_forms import SDPA, SOFTMAX
 from ..torch_private import OpOverload
+from .attention_forms import SDPA, SOFTMAX
 from .graph import CASTS, VIEWS, GraphView, aten, is_call, same_shape, shape_of
 
 LINEAR = aten.linear.default

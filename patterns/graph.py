@@ -161,6 +161,8 @@ class GraphView:
         if not stack:
             return ""
         path = list(stack.values())[-1][0]
+        if path == "_empty_nn_module_stack_from_metadata_hook":
+            return ""
         return re.sub(r"^L\['self'\]\.?|^_export_root\.?|^getattr_L__self___", "", path)
 
     def source(self, node: Node) -> str:

@@ -54,8 +54,9 @@ def calibration_inputs(
         raise InvalidArgument("calibration is empty")
     for position, item in enumerate(items):
         if kind == "causal_lm" and isinstance(item, Tensor):
-            for name, flat in _token_calls(phases, facts, item, position).items():
-                result[name].append(flat)
+            for rows in _checked_rows(facts, item, position).split(int(facts["batch_size"])):
+                for name, flat in _token_calls(phases, facts, rows).items():
+                    result[name].append(flat)
         elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Mapping):
             flat = pytree.tree_leaves((tuple(item[0]), dict(item[1])))
             for name in phases:
@@ -66,24 +67,30 @@ def calibration_inputs(
     return result
 
 
-def _token_calls(
-    phases: Mapping[str, ExportedProgram], facts: Mapping[str, Any], tokens: Tensor, position: int
-) -> dict[str, list[Any]]:
-    """One call a phase: the text from position 0, or as much of it as the phase takes."""
-    batch, longest = int(facts["batch_size"]), min(LONGEST, int(facts["max_cache_len"]))
-    rows = tokens.reshape(-1, tokens.shape[-1])
-    if rows.shape[-1] < 2 or rows.is_floating_point():
-        raise InvalidArgument(f"calibration item {position}: expected at least two integer tokens, got {tokens.shape}")
-    rows = rows[torch.arange(batch) % rows.shape[0], :longest]
+def _checked_rows(facts: Mapping[str, Any], tokens: Tensor, position: int) -> Tensor:
+    """Texts as rows [n, tokens], cut to what is calibrated on and to what the cache holds."""
+    longest = min(LONGEST, int(facts["max_cache_len"]))
+    rows = tokens.reshape(-1, tokens.shape[-1]) if tokens.dim() else tokens[None, None]
+    if rows.shape[-1] < 2 or rows.shape[0] < 1 or rows.is_floating_point():
+        raise InvalidArgument(
+            f"calibration item {position}: expected at least two integer tokens, got {tokens.dtype}{list(tokens.shape)}"
+        )
     vocabulary = _vocabulary(facts)
-    if vocabulary and int(rows.max()) >= vocabulary:
+    if vocabulary and (int(rows.max()) >= vocabulary or int(rows.min()) < 0):
         raise InvalidArgument(
             f"calibration item {position}: token {int(rows.max())} is outside the vocabulary of {vocabulary}"
         )
+    return rows[:, :longest]
+
+
+def _token_calls(phases: Mapping[str, ExportedProgram], facts: Mapping[str, Any], rows: Tensor) -> dict[str, list[Any]]:
+    """One call a phase: the texts from position 0, or as much of them as the phase takes."""
+    batch = int(facts["batch_size"])
+    rows = rows[torch.arange(batch) % rows.shape[0]]
     calls = {}
     for name, exported in phases.items():
         taken = rows[:, :1] if _is_fixed(exported) else rows
-        calls[name] = [taken.contiguous(), torch.arange(taken.shape[1])]
+        calls[name] = [taken.contiguous(), torch.arange(taken.shape[1], device=taken.device)]
     return calls
 
 

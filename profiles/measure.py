@@ -49,6 +49,7 @@ def measure_sites(
     decisions: Sequence[Decision],
     inputs: Sequence[list[Any]],
     shared: dict[str, Tensor],
+    least: dict[Hashable, float],
     repeats: int = 3,
 ) -> tuple[dict[str, SiteMeasure], dict[str, str]]:
     """Measure every proposed variant of a phase in its place.
@@ -59,6 +60,7 @@ def measure_sites(
         decisions: The proposals.
         inputs: Flat inputs to run on.
         shared: Tensors that several phases share; the variants' weights are left there.
+        least: Least seconds by workload so far; phases that do the same work share them. Updated.
         repeats: Runs on each input; times are minima over all runs.
 
     Returns:
@@ -81,7 +83,6 @@ def measure_sites(
         for _ in range(repeats):
             runner.run_once(flat)
     workloads = {site: _workload(replaced) for site, replaced in rewriting.pairs.items()}
-    least: dict[tuple[Any, str], float] = {}
     for (site, side), seconds in runner.best.items():
         key = (workloads[site], side)
         least[key] = min(seconds, least.get(key, float("inf")))

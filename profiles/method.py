@@ -65,6 +65,11 @@ class Method(BaseModel, ABC):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         super().__pydantic_init_subclass__(**kwargs)
         if not inspect.isabstract(cls) and "name" in cls.__dict__:
+            known = METHODS.setdefault(cls.name, cls)
+            if known.__qualname__ != cls.__qualname__ or known.__module__ != cls.__module__:
+                raise InvalidArgument(
+                    f"{cls.__qualname__}: the method name {cls.name!r} is taken by {known.__qualname__}"
+                )
             METHODS[cls.name] = cls
 
     @abstractmethod
