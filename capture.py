@@ -149,7 +149,7 @@ def capture_denoiser(
         model: `WanTransformer3DModel`, `CogVideoXTransformer3DModel` and the like.
         inputs: Example keyword inputs, `hidden_states` [batch, channels, frames, height, width] among them.
         timestep: Name of the input that carries the denoising step.
-        dynamic_frames: Keep the number of frames dynamic, 2 to 256.
+        dynamic_frames: Keep the number of frames dynamic, as far as the model allows; at least 2 in the example.
 
     Returns:
         The captured program; `facts["grid"]` is the latent grid (frames, height, width) in tokens where the graph
@@ -164,9 +164,8 @@ def capture_denoiser(
         raise InvalidArgument(f"no input is called {timestep!r}; the inputs are {', '.join(inputs)}")
     dynamic: dict[str, Any] | None = None
     if dynamic_frames:
-        frames = Dim("frames", min=2, max=256)
         axis = _frame_axis(inputs["hidden_states"], model)
-        dynamic = {name: {axis: frames} if name == "hidden_states" else None for name in inputs}
+        dynamic = {name: {axis: Dim.DYNAMIC} if name == "hidden_states" else None for name in inputs}
     wrapper = _Denoiser(model, tuple(inputs))
     exported = _export(wrapper.eval(), (), {"inputs": dict(inputs)}, {"inputs": dynamic} if dynamic else None)
     from .patterns.grid import find_grid

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,8 @@ from .report import Inspection
 from .torch_private import pytree
 
 TARGETS = ("eager",)
+PROBE_TOKENS = 128
+"""Tokens of a text on which single sites are probed: enough to rank them, and short."""
 Keep = Literal["faster", "smaller"]
 
 
@@ -96,7 +99,8 @@ def optimize(
         if profile is not None:
             with bar.stage("replay"):
                 return _replay(prepared, profile if isinstance(profile, Profile) else Profile.load(profile), found)
-        inputs = calibration_inputs(prepared.exported, captured.kind, captured.facts, calibration)
+        items = None if calibration is None else list(islice(calibration, 8))
+        inputs = calibration_inputs(prepared.exported, captured.kind, captured.facts, items)
         context = Context(prepared.exported, prepared.sites, inputs, captured.facts)
         decisions = [decision for method in chosen for decision in method.decide(context)]
         _refuse_conflicts(decisions)
@@ -112,7 +116,10 @@ def optimize(
             with bar.stage("measure"):
                 _measure(prepared, decisions, inputs, keep)
             if budget is not None:
-                _hold_budget(prepared, result, inputs, budget, bar)
+                short = calibration_inputs(
+                    prepared.exported, captured.kind, captured.facts, items, longest=PROBE_TOKENS
+                )
+                _hold_budget(prepared, result, inputs, short, budget, bar)
         with bar.stage("rewrite"):
             return _build(prepared, result)
 
@@ -219,9 +226,14 @@ def _refuse_slower(decisions: list[Decision]) -> None:
 
 
 def _hold_budget(
-    prepared: Prepared, profile: Profile, inputs: Mapping[str, list[list[Any]]], budget: Budget, bar: Progress
+    prepared: Prepared,
+    profile: Profile,
+    inputs: Mapping[str, list[list[Any]]],
+    short: Mapping[str, list[list[Any]]],
+    budget: Budget,
+    bar: Progress,
 ) -> None:
-    """Roll back places until the whole program holds the budget."""
+    """Roll back places until the whole program holds the budget; single sites are probed on the short inputs."""
     decisions = profile.decisions
     proposed = [d for d in decisions if d.status == "proposed"]
     name = _widest_phase(prepared, {d.phase for d in proposed})
@@ -229,7 +241,7 @@ def _hold_budget(
         return
     worst = sorted((d for d in proposed if d.phase == name), key=lambda d: -(d.local_error or 0.0))[: budget.probes]
     with bar.stage("effect on the output", len(worst)):
-        errors = output_errors(prepared.exported[name], name, worst, inputs[name][:1], prepared.shared, bar.step)
+        errors = output_errors(prepared.exported[name], name, worst, short[name][:1], prepared.shared, bar.step)
     for decision in worst:
         decision.output_error = errors.get(decision.site)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
+from torch._dispatch.python import enable_python_dispatcher
 from torch._export.verifier import TrainingIRVerifier, Verifier
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -30,6 +31,7 @@ __all__ = [
     "ValueRanges",
     "Verifier",
     "define_symbol",
+    "enable_python_dispatcher",
     "int_oo",
     "new_fake_mode",
     "pytree",

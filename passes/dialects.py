@@ -7,8 +7,9 @@ optimized  canonical plus `graphwright::` operators
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,18 +120,23 @@ def run_functional(exported: ExportedProgram, inputs: list[object]) -> list[Tens
     Returns:
         All tensors that the graph returns, in the order of the output specs.
     """
-    signature = exported.graph_signature
-    values = iter(inputs)
-    arguments = []
-    for spec in signature.input_specs:
-        if spec.target is None:
-            arguments.append(next(values))
-        else:
-            stored = exported.state_dict.get(spec.target)
-            arguments.append(exported.constants.get(spec.target) if stored is None else stored)
     with torch.no_grad():
+        arguments = graph_arguments(exported, inputs)
         outputs = torch.fx.Interpreter(exported.graph_module).run(*arguments, enable_io_processing=False)
     return [value for value in outputs if isinstance(value, Tensor)]
+
+
+def graph_arguments(exported: ExportedProgram, inputs: Sequence[object]) -> list[Any]:
+    """Values for all of the graph's placeholders: stored tensors, and user inputs where they belong."""
+    values = iter(inputs)
+    specs = exported.graph_signature.input_specs
+    return [next(values) if spec.target is None else stored_value(exported, spec.target) for spec in specs]
+
+
+def stored_value(exported: ExportedProgram, target: str) -> Any:
+    """The parameter, buffer or constant of a fully qualified name."""
+    stored = exported.state_dict.get(target)
+    return exported.constants[target] if stored is None else stored
 
 
 def largest_difference(before: list[Tensor], after: list[Tensor]) -> float:

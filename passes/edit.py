@@ -29,7 +29,7 @@ from torch.fx.node import map_arg
 
 from ..errors import VerificationError
 from ..patterns.graph import GraphView, aten
-from ..torch_private import FakeTensorMode
+from ..torch_private import FakeTensorMode, enable_python_dispatcher
 from .change import Change, positions_of, redirect
 
 
@@ -123,7 +123,7 @@ class Edit:
         """What a node's metadata should be, from its inputs' metadata."""
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         assert callable(node.target)
-        with self._fake, torch.no_grad():
+        with self._fake, enable_python_dispatcher(), torch.no_grad():
             return node.target(*args, **kwargs)
 
     def replace(self, old: Node, new: Node) -> None:

@@ -17,7 +17,7 @@ from ..errors import InvalidArgument, InvalidType
 from ..torch_private import pytree
 
 LONGEST = 512
-"""Tokens of a text that calibration runs at once; longer ones are cut."""
+"""Tokens of a text that calibration runs at once."""
 
 
 def calibration_inputs(
@@ -26,6 +26,7 @@ def calibration_inputs(
     facts: Mapping[str, Any],
     calibration: Iterable[Any] | None,
     most: int = 8,
+    longest: int = LONGEST,
 ) -> dict[str, list[list[Any]]]:
     """Flat inputs by phase.
 
@@ -35,6 +36,7 @@ def calibration_inputs(
         facts: What capture knows of the model.
         calibration: The user's items, or None for the example inputs.
         most: At most this many items are used.
+        longest: Tokens of a text that are run at once; longer ones are cut.
 
     Returns:
         At least one flat input for each phase that carries example inputs.
@@ -54,7 +56,7 @@ def calibration_inputs(
         raise InvalidArgument("calibration is empty")
     for position, item in enumerate(items):
         if kind == "causal_lm" and isinstance(item, Tensor):
-            for rows in _checked_rows(facts, item, position).split(int(facts["batch_size"])):
+            for rows in _checked_rows(facts, item, position, longest).split(int(facts["batch_size"])):
                 for name, flat in _token_calls(phases, facts, rows).items():
                     result[name].append(flat)
         elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Mapping):
@@ -67,9 +69,9 @@ def calibration_inputs(
     return result
 
 
-def _checked_rows(facts: Mapping[str, Any], tokens: Tensor, position: int) -> Tensor:
+def _checked_rows(facts: Mapping[str, Any], tokens: Tensor, position: int, longest: int) -> Tensor:
     """Texts as rows [n, tokens], cut to what is calibrated on and to what the cache holds."""
-    longest = min(LONGEST, int(facts["max_cache_len"]))
+    longest = min(longest, int(facts["max_cache_len"]))
     rows = tokens.reshape(-1, tokens.shape[-1]) if tokens.dim() else tokens[None, None]
     if rows.shape[-1] < 2 or rows.shape[0] < 1 or rows.is_floating_point():
         raise InvalidArgument(

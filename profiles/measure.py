@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..passes.decision import Decision
-from ..passes.dialects import run_functional
+from ..passes.dialects import graph_arguments, run_functional, stored_value
 from ..passes.edit import copy_exported
 from ..passes.rewrite import apply_decisions
 from ..patterns.graph import GraphView, describe
@@ -127,15 +127,14 @@ def output_errors(
     Returns:
         Site id -> error, for the sites that could be rewritten.
     """
-    reference = [run_functional(exported, flat) for flat in inputs]
-    errors = {}
+    errors: dict[str, float] = {}
     copy = copy_exported(exported)
+    runs = [_Rerun(copy, flat) for flat in inputs]
     for decision in decisions:
         rewriting = apply_decisions(copy, phase, [decision], shared)
         if decision.site in rewriting.changes:
-            copy.graph_module.recompile()
-            results = [run_functional(copy, flat) for flat in inputs]
-            errors[decision.site] = relative_error(exported, reference, results)
+            results = [run.outputs() for run in runs]
+            errors[decision.site] = relative_error(exported, [run.reference for run in runs], results)
             rewriting.rollback(decision.site)
         if on_step is not None:
             on_step()
@@ -153,6 +152,73 @@ def relative_error(
             distance += float(torch.linalg.vector_norm(a.float() - b.float()) ** 2)
             length += float(torch.linalg.vector_norm(a.float()) ** 2)
     return (distance / max(length, 1e-30)) ** 0.5
+
+
+class _Rerun:
+    """Runs a graph again after an edit, only from the edit on: all values of the first run are kept, if they fit.
+
+    Attributes:
+        reference: Outputs of the graph as it was at first.
+    """
+
+    def __init__(self, exported: ExportedProgram, flat: list[Any]) -> None:
+        self._exported = exported
+        self._flat = flat
+        self._values: dict[Node, Any] | None = None
+        kept = _KeepingRunner(exported)
+        self.reference = kept.run_once(flat)
+        if kept.bytes <= KEPT_BYTES:
+            self._values = kept.env
+
+    def outputs(self) -> list[Tensor]:
+        """Outputs of the graph as it is now."""
+        if self._values is None:
+            return run_functional(self._exported, self._flat)
+        changed: dict[Node, Any] = {}
+
+        def value_of(node: Node) -> Any:
+            return changed[node] if node in changed else self._values[node]  # pyright: ignore[reportOptionalSubscript]
+
+        with torch.no_grad():
+            for node in self._exported.graph.nodes:
+                known = node in self._values and not any(argument in changed for argument in node.all_input_nodes)
+                if known or node.op == "output":
+                    continue
+                if node.op == "placeholder":
+                    target = GraphView(self._exported).target(node)
+                    changed[node] = stored_value(self._exported, str(target))
+                    continue
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
+                changed[node] = node.target(*args, **kwargs)
+        returned = self._exported.graph.output_node().args[0]
+        assert isinstance(returned, list | tuple)
+        values = [value_of(node) for node in returned if isinstance(node, Node)]
+        return [value for value in values if isinstance(value, Tensor)]
+
+
+KEPT_BYTES = 2 << 30
+"""Values of a run that are kept to rerun parts of it; beyond this every rerun is a whole one."""
+
+
+class _KeepingRunner(torch.fx.Interpreter):
+    """Runs a graph once and keeps every value."""
+
+    def __init__(self, exported: ExportedProgram) -> None:
+        super().__init__(exported.graph_module, garbage_collect_values=False)
+        self._exported = exported
+        self.bytes = 0
+
+    def run_once(self, flat: list[Any]) -> list[Tensor]:
+        with torch.no_grad():
+            outputs = self.run(*graph_arguments(self._exported, flat), enable_io_processing=False)
+        return [value for value in outputs if isinstance(value, Tensor)]
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "call_function" and isinstance(value, Tensor):
+            self.bytes += value.numel() * value.element_size()
+            self.garbage_collect_values = self.bytes > KEPT_BYTES
+        return value
 
 
 class _ShadowRunner(torch.fx.Interpreter):
@@ -176,19 +242,10 @@ class _ShadowRunner(torch.fx.Interpreter):
 
     def run_once(self, flat: list[Any]) -> None:
         self._spent, self._values = {}, {}
-        signature = self._exported.graph_signature
-        values = iter(flat)
-        arguments = [
-            next(values) if spec.target is None else self._stored(spec.target) for spec in signature.input_specs
-        ]
         with torch.no_grad():
-            self.run(*arguments, enable_io_processing=False)
+            self.run(*graph_arguments(self._exported, flat), enable_io_processing=False)
         for key, seconds in self._spent.items():
             self.best[key] = min(seconds, self.best.get(key, float("inf")))
-
-    def _stored(self, target: str) -> Any:
-        stored = self._exported.state_dict.get(target)
-        return self._exported.constants[target] if stored is None else stored
 
     def run_node(self, n: Node) -> Any:
         key = self._owner.get(n)
