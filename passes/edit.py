@@ -49,7 +49,7 @@ class Edit:
         self.shadow = False
         """Let `replace` note what would replace what, without doing it."""
         self._change = Change("edit")
-        self._replaced: dict[Node, tuple[Node, Change]] = {}
+        self._closed: list[Change] = []
         self._touched: set[Node] = set()
         self._view: GraphView | None = None
         self._fake = _fake_mode(exported)
@@ -79,18 +79,16 @@ class Edit:
         finally:
             self._change = outer
         if not self.shadow:
-            self._replaced.update({old: (new, change) for old, new, _ in change.redirected})
+            self._closed.append(change)
 
     def current(self, node: Node) -> Node:
         """What stands for a node now: its replacement, where a transaction that is closed replaced it.
 
         Sites are matched before any of them is rewritten, so the input of one may be the output of another.
         """
-        while node in self._replaced:
-            new, change = self._replaced[node]
-            if change.undone:
-                break
-            node = new
+        for change in self._closed:
+            for old, new, _ in () if change.undone else change.redirected:
+                node = new if node is old else node
         return node
 
     def call(self, target: Any, *args: Any, like: Node, before: Node | None = None, **kwargs: Any) -> Node:

@@ -58,8 +58,8 @@ def act(edit: Edit, name: str, choice: int) -> None:
     node = values[position]
     if name == "insert":
         edit.call(aten.sin.default, node, like=node, before=node.next)
-    elif name == "replace":
-        edit.replace(node, edit.call(aten.relu.default, node.args[0], like=node))
+    elif name == "replace" and position:
+        edit.replace(node, edit.call(aten.relu.default, values[choice % position], like=node))
     elif name == "merge" and position:
         edit.replace(node, values[choice % position])
     elif name == "wrap":
