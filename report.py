@@ -239,7 +239,8 @@ def explain(program: Program, site_id: str) -> str:
         lines += [f"  {name}: {value}" for name, value in site.describe().items()]
         lines += [f"  source: {site.source}"] if site.source else []
     for decision in decisions:
-        lines.append(f"  {decision.method} decided {decision.pass_name} {decision.options or ''}".rstrip())
+        options = ", ".join(f"{name}={_short(value)}" for name, value in decision.options.items())
+        lines.append(f"  {decision.method} decided {decision.pass_name}" + (f" with {options}" if options else ""))
         if site_id not in present:
             lines += [f"    {name}: {value}" for name, value in decision.facts.items()]
         lines.append(f"    status: {decision.status}" + (f", {decision.reason}" if decision.reason else ""))
@@ -336,6 +337,13 @@ def _nodes_of(program: Program, site_id: str) -> list[tuple[GraphView, Node]]:
             if node.meta.get("graphwright", {}).get("site") == site_id and shape_of(node)
         ]
     return found
+
+
+def _short(value: Any) -> str:
+    """A value for one line: long lists by their length and range."""
+    if isinstance(value, list | tuple) and len(value) > 8:
+        return f"{len(value)} values from {min(value)} to {max(value)}"
+    return repr(value)
 
 
 def _check_phase(program: Program, phase: str) -> None:

@@ -8,7 +8,7 @@ looks at the program's output.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,41 @@ def output_errors(
         if on_step is not None:
             on_step()
     return errors
+
+
+def channel_maxima(
+    exported: ExportedProgram, nodes: Collection[Node], inputs: Sequence[list[Any]]
+) -> dict[Node, Tensor]:
+    """The largest absolute value of each last-dimension channel, over all tokens of all inputs.
+
+    Args:
+        exported: The canonical program.
+        nodes: The activations of interest, [..., K].
+        inputs: Flat inputs.
+
+    Returns:
+        Node -> float32 [K].
+    """
+    runner = _ChannelRunner(exported, nodes)
+    for flat in inputs:
+        with torch.no_grad():
+            runner.run(*graph_arguments(exported, flat), enable_io_processing=False)
+    return runner.maxima
+
+
+class _ChannelRunner(torch.fx.Interpreter):
+    def __init__(self, exported: ExportedProgram, nodes: Collection[Node]) -> None:
+        super().__init__(exported.graph_module)
+        self._nodes = set(nodes)
+        self.maxima: dict[Node, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n in self._nodes:
+            largest = value.detach().float().abs().reshape(-1, value.shape[-1]).amax(0)
+            known = self.maxima.get(n)
+            self.maxima[n] = largest if known is None else torch.maximum(known, largest)
+        return value
 
 
 def relative_error(

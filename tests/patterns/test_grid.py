@@ -30,8 +30,8 @@ def cogvideox():
 
     model = CogVideoXTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
-        text_embed_dim=16, num_layers=1, sample_width=12, sample_height=8, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
-        max_text_seq_length=7,
+        text_embed_dim=16, num_layers=1, sample_width=12, sample_height=8, sample_frames=9, patch_size=2,
+        temporal_compression_ratio=4, max_text_seq_length=7,
     )  # fmt: skip
     inputs = {
         "hidden_states": torch.randn(1, 3, 4, 8, 12),
