@@ -57,7 +57,8 @@ def optimize(
     from .profiles.budget import Budget
     from .report import dump_json
 
-    _check_writable(output)
+    for path in (output, save_profile):
+        _check_writable(path)
     methods = [_parse_method(text) for text in method or ()]
     budget = None if max_error is None else Budget(max_error=max_error)
     program = run(capture(model, trust=trust), methods=methods, profile=profile, budget=budget, keep=keep)  # pyright: ignore[reportArgumentType]
@@ -165,11 +166,11 @@ def _parse_value(text: str) -> Any:
         return text
 
 
-def _check_writable(path: Path) -> None:
+def _check_writable(path: Path | None) -> None:
     """Refuse an output folder that is not there before minutes of work, not after."""
     from .errors import InvalidFile
 
-    if not path.parent.is_dir():
+    if path is not None and not path.parent.is_dir():
         raise InvalidFile(f"{path}: there is no folder {path.parent}")
 
 

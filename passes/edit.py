@@ -203,6 +203,7 @@ class Edit:
                 self.graph.erase_node(node)
                 dropped += 1
         self._drop_unused_weights()
+        self._separate_state()
         _align_outputs(self.exported)
         self.graph.lint()
         self.exported.graph_module.recompile()
@@ -223,6 +224,19 @@ class Edit:
             if spec.target is not None and not any(other.target == spec.target for other in signature.input_specs):
                 self.exported.state_dict.pop(spec.target, None)
                 self.exported.constants.pop(spec.target, None)
+
+    def _separate_state(self) -> None:
+        """Copy what more than one buffer becomes: a signature cannot say that of one node."""
+        output, seen = self.graph.output_node(), set[Node]()
+        values: list[Any] = list(output.args[0])  # pyright: ignore[reportArgumentType] a graph returns a tuple of values
+        for position, spec in enumerate(self.exported.graph_signature.output_specs):
+            value = values[position]
+            if spec.kind is OutputKind.USER_OUTPUT or not isinstance(value, Node):
+                continue
+            if value in seen:
+                values[position] = self.call(aten.clone.default, value, like=value, before=output)
+            seen.add(value)
+        output.args = (tuple(values),)
 
 
 def copy_exported(exported: ExportedProgram) -> ExportedProgram:

@@ -75,10 +75,11 @@ class QuantizeLinear(SitePass[LinearSite]):
         inverse = tuple(-exponent for exponent in self.exponents)
         name = f"channel_scale.{_digest(self.exponents)}.{str(dtype).removeprefix('torch.')}"
         factors = edit.buffer(name, lambda: _powers(inverse, device).to(dtype))
-        for user in site.input.users:
-            if is_call(user, aten.mul.Tensor) and user.args == (site.input, factors):
+        source = edit.current(site.input)
+        for user in source.users:
+            if is_call(user, aten.mul.Tensor) and user.args == (source, factors):
                 return user
-        return edit.call(aten.mul.Tensor, site.input, factors, like=site.node)
+        return edit.call(aten.mul.Tensor, source, factors, like=site.node)
 
 
 def _powers(exponents: tuple[int, ...], device: torch.device) -> Tensor:

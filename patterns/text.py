@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from .graph import GraphView, is_size
 
@@ -24,7 +24,8 @@ def graph_line(view: GraphView, node: Node) -> str:
     def shown(argument: Node) -> Any:
         return _Bare(view.target(argument) or f"%{argument.name}")
 
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), shown)
+    mapped: Any = map_arg((node.args, node.kwargs), shown)
+    args, kwargs = mapped
     if node.op == "output":
         return f"return {', '.join(map(str, args[0]))}"
     listed = [*map(str, args), *(f"{name}={value}" for name, value in kwargs.items())]

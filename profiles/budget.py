@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import InvalidArgument
 from ..passes.decision import Decision
@@ -43,10 +43,10 @@ class Budget(BaseModel):
     def __init__(self, **options: Any) -> None:
         try:
             super().__init__(**options)
-        except ValueError as error:
-            raise InvalidArgument(
-                f"Budget: {str(error).splitlines()[-1 if 'Value error' in str(error) else 0]}"
-            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = "".join(f"{part}: " for part in first["loc"])
+            raise InvalidArgument(f"Budget: {path}{first['msg'].removeprefix('Value error, ')}") from error
 
     @model_validator(mode="after")
     def _one_kind(self) -> Budget:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from ..passes.decision import Decision
 from ..passes.dialects import graph_arguments, run_functional, stored_value
@@ -223,8 +224,8 @@ class _Rerun:
                     target = GraphView(self._exported).target(node)
                     changed[node] = stored_value(self._exported, str(target))
                     continue
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
-                changed[node] = node.target(*args, **kwargs)
+                mapped: Any = map_arg((node.args, node.kwargs), value_of)
+                changed[node] = node.target(*mapped[0], **mapped[1])
         returned = self._exported.graph.output_node().args[0]
         assert isinstance(returned, list | tuple)
         values = [value_of(node) for node in returned if isinstance(node, Node)]

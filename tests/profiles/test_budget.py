@@ -129,7 +129,7 @@ def test_site_errors_are_those_of_a_direct_computation(two) -> None:
     exported, decisions = two
     model, x = Two(), torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     before = graph_text(exported)
-    measured, failed = measure_sites(exported, "main", decisions, [[x]], {})
+    measured, failed = measure_sites(exported, "main", decisions, [[x]], {}, {})
     assert not failed
     assert graph_text(exported) == before
     hidden = model.up(x).relu().detach()
@@ -146,10 +146,10 @@ def test_site_errors_are_those_of_a_direct_computation(two) -> None:
 def test_errors_of_several_inputs_are_taken_together(two) -> None:
     exported, decisions = two
     inputs = [[torch.randn(8, 64)], [torch.randn(8, 64) * 100]]
-    each = [measure_sites(exported, "main", decisions, [flat], {}, repeats=1)[0] for flat in inputs]
-    both = measure_sites(exported, "main", decisions, inputs, {}, repeats=1)[0]
+    each = [measure_sites(exported, "main", decisions, [flat], {}, {}, repeats=1)[0] for flat in inputs]
+    both = measure_sites(exported, "main", decisions, inputs, {}, {}, repeats=1)[0]
     site, up = decisions[0].site, Two().up
-    lengths = [float(up(flat[0]).norm()) ** 2 for flat in inputs]
+    lengths = [float(up(flat[0]).detach().norm()) ** 2 for flat in inputs]
     expected = sum(m[site].error ** 2 * n for m, n in zip(each, lengths, strict=True)) / sum(lengths)
     assert both[site].error == pytest.approx(math.sqrt(expected), rel=1e-4)
 
