@@ -13,8 +13,8 @@ from typing import Any
 import sympy
 from torch import SymInt, Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
+from ..torch_private import pytree
 from .graph import GraphView, aten, concrete, dtype_of, free_symbols, is_call, shape_of
 
 Sizes = dict[Any, int]
