@@ -42,7 +42,7 @@ from .report import Inspection
 from .torch_private import pytree
 
 TARGETS = ("eager",)
-PROBE_TOKENS = 128
+PROBE_TOKENS = 64
 """Tokens of a text on which single sites are probed: enough to rank them, and short."""
 Keep = Literal["faster", "smaller"]
 

@@ -75,14 +75,16 @@ def places_by_harm(decisions: Sequence[Decision]) -> list[str]:
     """
     both = sorted(d.output_error / d.local_error for d in decisions if d.output_error is not None and d.local_error)
     ratio = both[len(both) // 2] if both else 1.0
-    harm: dict[str, float] = {}
+    measured: dict[str, float] = {}
+    estimated: dict[str, float] = {}
     gain: dict[str, float] = {}
     for decision in decisions:
-        error = decision.output_error
-        if error is None:
-            error = (decision.local_error or 0.0) * ratio
-        harm[decision.place] = harm.get(decision.place, 0.0) + error**2
-        gain[decision.place] = gain.get(decision.place, 0.0) + (decision.predicted_gain or 0.0)
+        place = decision.place
+        gain[place] = gain.get(place, 0.0) + (decision.predicted_gain or 0.0)
+        if decision.output_error is not None:
+            measured[place] = max(measured.get(place, 0.0), decision.output_error)
+        estimated[place] = max(estimated.get(place, 0.0), (decision.local_error or 0.0) * ratio)
+    harm = {place: measured.get(place, estimate) ** 2 for place, estimate in estimated.items()}
     return sorted(harm, key=lambda place: (-harm[place] / max(gain[place], 1e-12), place))
 
 
