@@ -78,6 +78,7 @@ def capture(
     if isinstance(model, str | Path):
         model = _load_pt2(Path(model), trust)
     if isinstance(model, ExportedProgram):
+        _refuse_training(model)
         return _captured(_functional(model), _names(model))
     if not isinstance(model, nn.Module):
         raise InvalidType(f"expected a module, an ExportedProgram or a path to a .pt2 file, got {type(model).__name__}")
@@ -318,6 +319,14 @@ def _names(exported: ExportedProgram) -> tuple[str, ...]:
     if len(flat) == len(args) + len(kwargs):
         return (*flat[: len(args)], *kwargs)
     return (*(f"arg{i}" for i in range(len(args))), *kwargs)
+
+
+def _refuse_training(exported: ExportedProgram) -> None:
+    for node in exported.graph.nodes:
+        if str(node.target) in ("aten.dropout.default", "aten.native_dropout.default", "aten.dropout_.default"):
+            probability, training = (*node.args[1:3], True)[:2]
+            if training and probability:
+                raise CaptureError(f"{node.name} drops values: export the model after model.eval()")
 
 
 def _require_dynamic(exported: ExportedProgram, name: str, dim: int) -> None:

@@ -67,6 +67,13 @@ def test_wrong_models_and_arguments() -> None:
         gw.capture(Mlp().eval(), (torch.randn(4, 31),))
 
 
+def test_a_program_exported_in_training_mode_is_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.5)).train()
+    exported = torch.export.export(model, (torch.randn(2, 8),))
+    with pytest.raises(CaptureError, match="drops values"):
+        gw.capture(exported)
+
+
 def test_a_weight_that_is_not_finite_is_named() -> None:
     model = Mlp().eval()
     with torch.no_grad():
