@@ -38,7 +38,7 @@ class Budget(BaseModel):
     metric: Literal["relative_l2"] = "relative_l2"
     evaluate: Callable[[Any], float] | None = None
     max_drop: float | None = Field(None, ge=0)
-    probes: int = Field(24, ge=0)
+    probes: int = Field(256, ge=0)
 
     def __init__(self, **options: Any) -> None:
         try:

@@ -75,9 +75,10 @@ def test_a_measured_effect_on_the_output_outweighs_a_local_error() -> None:
     assert places_by_harm([*chosen, decision("d", 0.2, 1)])[0] == "d", "0.2 x 0.5 is more than 0.05"
 
 
-def test_the_phases_of_one_place_add_up() -> None:
-    both = [decision("a", 0.1, 1), decision("b", 0.12, 1), decision("a", 0.1, 0.0, phase="decode")]
-    assert places_by_harm(both) == ["a", "b"]
+def test_a_place_is_as_harmful_as_in_its_worst_phase() -> None:
+    three = [decision("a", 0.1, 1), decision("b", 0.12, 1), decision("a", 0.2, 0.0, phase="decode")]
+    assert places_by_harm(three) == ["a", "b"]
+    assert places_by_harm(three[:2]) == ["b", "a"]
 
 
 def test_equal_harm_is_ordered_by_name() -> None:
