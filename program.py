@@ -125,6 +125,13 @@ class Program:
             initial = self._initial[name]
             tensor.copy_(initial) if isinstance(initial, Tensor) else tensor.fill_(initial)
 
+    def initial_state(self) -> dict[str, Tensor]:
+        """State as it was at capture, by fully qualified name; new tensors, which the phases do not read."""
+        return {
+            name: value.clone() if isinstance(value := self._initial[name], Tensor) else torch.full_like(tensor, value)
+            for name, tensor in self._state().items()
+        }
+
     def generate(
         self,
         tokens: Tensor,

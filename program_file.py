@@ -12,16 +12,17 @@ from torch import Tensor
 from .archive.container import Contents, read_archive, write_archive
 from .errors import InvalidFile
 from .passes.base import discover
+from .passes.edit import copy_exported
 from .passes.manager import PassRecord
 from .patterns.graph import Refusal
-from .phases import Phase, PhasePlan
+from .phases import Phase, PhasePlan, state_of
 from .profiles.profile import Profile
 from .program import History, Program
 from .torch_private import pytree
 
 
 def save(program: Program, path: str | Path) -> None:
-    """Write a program.
+    """Write a program; its state is written as it was at capture, so what is loaded starts afresh.
 
     Raises:
         InvalidFile: The path cannot be written.
@@ -49,7 +50,12 @@ def save(program: Program, path: str | Path) -> None:
         for position, leaf in enumerate(pytree.tree_leaves(phase.exported.example_inputs or ())):
             if isinstance(leaf, Tensor):
                 tensors[f"example.{name}.{position}"] = leaf
-    write_archive(path, Contents({n: p.exported for n, p in program.phases.items()}, documents, tensors))
+    initial = program.initial_state()
+    phases = {}
+    for name, phase in program.phases.items():
+        phases[name] = copy_exported(phase.exported)
+        phases[name].state_dict.update({key: initial[key] for key in state_of(phase.exported)})
+    write_archive(path, Contents(phases, documents, tensors))
 
 
 def load(path: str | Path) -> Program:

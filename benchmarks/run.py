@@ -100,6 +100,8 @@ def _rows(m: dict[str, Any]) -> list[Row]:
     for phase in ("prefill", "decode"):
         difference, speedup = canonical[f"{phase}_difference"], canonical[f"{phase}_speedup"]
         text = f"error {difference:.1e} of max, {speedup:.2f}x"
+        if phase == "prefill":
+            text += f" ({canonical['prefill_without_cache_speedup']:.2f}x of eager without a cache)"
         rows.append((f"canonical {phase} against eager", text, "1e-4, 1.0x", difference <= 1e-4 and speedup >= 1.0))
     quality = m["perplexity"]
     for name in ("plain int8", "int8 in budget", "int8 in budget, last logits"):

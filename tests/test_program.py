@@ -101,6 +101,15 @@ def test_what_is_loaded_reports_and_explains_as_before(program, tmp_path) -> Non
     loaded.save(tmp_path / "again.gw")
 
 
+def test_a_full_cache_is_not_saved(program, tmp_path) -> None:
+    program.reset()
+    program.save(tmp_path / "empty.gw")
+    program(tokens(20), torch.arange(20))
+    program.save(tmp_path / "full.gw")
+    assert (tmp_path / "full.gw").stat().st_size == (tmp_path / "empty.gw").stat().st_size
+    assert not any(tensor.any() for tensor in gw.load(tmp_path / "full.gw")._state().values())
+
+
 @pytest.mark.parametrize("content", [b"", b"not a zip", b"PK\x03\x04 cut"], ids=["empty", "foreign", "truncated"])
 def test_foreign_files_are_refused_by_name(tmp_path, content) -> None:
     path = tmp_path / "foreign.gw"
