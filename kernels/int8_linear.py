@@ -68,10 +68,15 @@ _PER_STEP = 1 / 127
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_per_channel(weight: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantize a weight ``[N, K]`` of any float dtype to int8 ``[N, K]`` and its float32 scales ``[N]``.
 
-    Symmetric, ``scale = max_k |weight| / 127``, round half to even; a channel of zeros stays zero.
+    Symmetric, ``scale = max_k |weight| / 127``, round half to even; a channel of zeros stays zero. Rows are taken in
+    blocks, so that no float copy of the whole weight is made.
+
+    Args:
+        weight: ``[N, K]``.
+        factors: ``[K]`` float32, multiplied to the columns first.
 
     Raises:
         InvalidArgument: The weight is no float matrix, or holds a NaN or an infinity.
@@ -80,14 +85,23 @@ def quantize_per_channel(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise InvalidArgument(
             f"got a weight {weight.dtype} of shape {list(weight.shape)}, expected a float matrix [N, K]"
         )
-    weight = weight.detach().float()
-    if not weight.isfinite().all():
-        channels = (~weight.isfinite()).any(-1).nonzero().flatten().tolist()
-        raise InvalidArgument(
-            f"the weight has NaN or infinity in output channels {channels[:8]}, expected finite values"
-        )
-    scale = _row_scale(weight)
-    return (weight / scale).round_().to(torch.int8), scale.squeeze(-1)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for start in range(0, len(weight), _ROWS):
+        block = weight.detach()[start : start + _ROWS].float()
+        block = block if factors is None else block * factors
+        if not block.isfinite().all():
+            channels = (~weight.detach().isfinite()).any(-1).nonzero().flatten().tolist()
+            raise InvalidArgument(
+                f"the weight has NaN or infinity in output channels {channels[:8]}, expected finite values"
+            )
+        block_scale = _row_scale(block)
+        values[start : start + _ROWS] = (block / block_scale).round_()
+        scale[start : start + _ROWS] = block_scale.squeeze(-1)
+    return values, scale
+
+
+_ROWS = 128
 
 
 def reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -57,9 +57,8 @@ class QuantizeLinear(SitePass[LinearSite]):
         def make(part: str) -> Tensor:
             if not quantized:
                 weight = edit.constant(site.weight)
-                if self.exponents:
-                    weight = weight.float() * _powers(self.exponents, weight.device)
-                quantized["int8"], quantized["scale"] = int8_linear.quantize_per_channel(weight)
+                factors = _powers(self.exponents, weight.device) if self.exponents else None
+                quantized["int8"], quantized["scale"] = int8_linear.quantize_per_channel(weight, factors)
             return quantized[part]
 
         mark = f".{_digest(self.exponents)}" if self.exponents else ""
