@@ -17,7 +17,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .capture import Captured, capture, capture_causal_lm, capture_denoiser
+    from .capture import Captured, capture
+    from .capture_causal_lm import capture_causal_lm
+    from .capture_denoiser import capture_denoiser
     from .errors import GraphwrightError
     from .optimize import inspect, optimize, search
     from .passes.decision import Decision
@@ -42,8 +44,8 @@ _HOME = {
     "Profile": "profiles.profile",
     "Program": "program",
     "capture": "capture",
-    "capture_causal_lm": "capture",
-    "capture_denoiser": "capture",
+    "capture_causal_lm": "capture_causal_lm",
+    "capture_denoiser": "capture_denoiser",
     "inspect": "optimize",
     "load": "program_file",
     "methods": "profiles.method",
