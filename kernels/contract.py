@@ -9,8 +9,8 @@ A contract gives each tensor argument its dtypes and a shape in letters, and eac
         capability=(8, 0),
     ).check(x=node.meta["val"], weight=Spec((64, 32), torch.int8))
 
-Equal letters are equal sizes, ``...`` is any number of leading dimensions. ``check`` answers ``None`` or the reason,
-so that a pass can refuse a site with it; ``require`` raises it.
+Equal letters are equal sizes, ``1|B`` is 1 or B, ``...`` is any number of leading dimensions. ``check`` answers
+``None`` or the reason, so that a pass can refuse a site with it; ``require`` raises it.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Operator:
 
     name: str
     overload: OpOverload
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Tensor | tuple[Tensor, ...]]
     contract: Contract
 
 
@@ -143,7 +143,9 @@ OPERATORS: dict[str, Operator] = {}
 """Every operator whose module has been imported, by its name in the namespace ``graphwright``."""
 
 
-def register(overload: OpOverload, reference: Callable[..., Tensor], contract: Contract) -> Operator:
+def register(
+    overload: OpOverload, reference: Callable[..., Tensor | tuple[Tensor, ...]], contract: Contract
+) -> Operator:
     """Enter an operator in ``OPERATORS`` under its contract's name."""
     operator = Operator(contract.operator, overload, reference, contract)
     OPERATORS[operator.name] = operator
@@ -176,6 +178,10 @@ def _check_argument(
     if rank < len(letters) or (rank > len(letters) and not leading):
         return f"got {name} of shape {list(value.shape)}, expected [{argument.shape}]"
     for letter, size in zip(letters, value.shape[rank - len(letters) :], strict=True):
+        if letter.startswith("1|"):
+            letter = letter[2:]
+            if not _fails(size == 1, size != 1, proved):
+                continue
         expected, where = bound.setdefault(letter, (size, name))
         if _fails(size == expected, size != expected, proved):
             expected_shape = f"[{argument.shape}] with {letter}={expected} of {where}"
