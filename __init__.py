@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from .passes.decision import Decision
     from .phases import Phase
     from .profiles.budget import Budget
+    from .profiles.compact_attention import CompactAttention
     from .profiles.int8 import Int8
     from .profiles.method import Method, methods
+    from .profiles.presets import preset
     from .profiles.profile import Profile
+    from .profiles.rainfusion import RainFusion
     from .program import Program
     from .program_file import load
 
@@ -36,6 +39,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "profiles.budget",
     "Captured": "capture",
+    "CompactAttention": "profiles.compact_attention",
     "Decision": "passes.decision",
     "GraphwrightError": "errors",
     "Int8": "profiles.int8",
@@ -43,6 +47,7 @@ _HOME = {
     "Phase": "phases",
     "Profile": "profiles.profile",
     "Program": "program",
+    "RainFusion": "profiles.rainfusion",
     "capture": "capture",
     "capture_causal_lm": "capture_causal_lm",
     "capture_denoiser": "capture_denoiser",
@@ -50,12 +55,14 @@ _HOME = {
     "load": "program_file",
     "methods": "profiles.method",
     "optimize": "optimize",
+    "preset": "profiles.presets",
     "search": "optimize",
 }
 
 __all__ = [
     "Budget",
     "Captured",
+    "CompactAttention",
     "Decision",
     "GraphwrightError",
     "Int8",
@@ -63,6 +70,7 @@ __all__ = [
     "Phase",
     "Profile",
     "Program",
+    "RainFusion",
     "capture",
     "capture_causal_lm",
     "capture_denoiser",
@@ -70,6 +78,7 @@ __all__ = [
     "load",
     "methods",
     "optimize",
+    "preset",
     "search",
 ]
 

@@ -132,11 +132,30 @@ def methods() -> None:
     _console.print(table)
 
 
+@app.command()
+def presets() -> None:
+    """List the published settings of well-known models; use one with `-m NAME`."""
+    from rich.table import Table
+
+    from .profiles.presets import presets as known
+
+    table = Table("preset", "model", "options", "published figures", "source", "run here")
+    for name, preset in known().items():
+        options = ", ".join(f"{option}={value!r}" for option, value in preset.options.items())
+        table.add_row(
+            name, preset.model, options, preset.published, preset.source, "yes" if preset.verified else preset.reason
+        )
+    _console.print(table)
+
+
 def _parse_method(text: str) -> Any:
-    """`int8:roles=[q,k],skip=[]` to a method; values are JSON, bare words are strings."""
+    """`int8:roles=[q,k],skip=[]`, or a preset's name, to a method; values are JSON, bare words are strings."""
     from .profiles.method import method_named
+    from .profiles.presets import preset
 
     name, _, rest = text.partition(":")
+    if "/" in name and not rest:
+        return preset(name)
     options: dict[str, Any] = {}
     for part in _split(rest):
         key, equals, value = part.partition("=")

@@ -6,7 +6,7 @@ A `Condition` is data, so that a saved program dispatches without running code f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from .errors import InvalidArgument
+from .patterns.steps import StepRange
 
 
 class Condition(BaseModel):
@@ -70,6 +71,24 @@ class PhasePlan(BaseModel):
     conditions: tuple[Condition, ...] = ()
     sizes: dict[str, dict[int, int]] = {}
     start_input: str | None = None
+
+
+def plan_steps(timestep: str, ranges: Sequence[StepRange]) -> tuple[PhasePlan, ...]:
+    """One phase for each range of denoising steps, told apart by the first element of an input.
+
+    Args:
+        timestep: Name of the input that carries the timestep; a guidance batch carries one timestep twice.
+        ranges: In order of the steps.
+    """
+    return tuple(
+        PhasePlan(
+            name=step.name,
+            conditions=()
+            if step.at_least is None and step.at_most is None
+            else (Condition(input=timestep, measure="first", at_least=step.at_least, at_most=step.at_most),),
+        )
+        for step in ranges
+    )
 
 
 @dataclass

@@ -79,13 +79,23 @@ class Program:
             InvalidType: The arguments do not fit the captured signature.
             InvalidArgument: No phase takes them, or they go beyond the captured cache.
         """
+        _, phase, flat = self.dispatch(*args, **kwargs)
+        with torch.no_grad():
+            outputs = self._run(phase)(*flat)
+        return self._signatures[phase].unflatten(outputs)
+
+    def dispatch(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], str, list[Any]]:
+        """What a call with these arguments would do, without doing it.
+
+        Returns:
+            The arguments by name, the name of the phase that takes them, and the phase's inputs as its graph has them.
+
+        Raises:
+            InvalidType, InvalidArgument: As a call.
+        """
         bound = self._bind(args, kwargs)
         phase = self._phase_for(bound)
-        signature = self._signatures[phase.name]
-        flat = signature.flatten(bound)
-        with torch.no_grad():
-            outputs = self._run(phase.name)(*flat)
-        return signature.unflatten(outputs)
+        return bound, phase.name, self._signatures[phase.name].flatten(bound)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if len(args) > len(self.inputs):
@@ -196,12 +206,12 @@ class Program:
                 return
             position = position[-1:] + 1
 
-    def as_module(self) -> nn.Module:
+    def as_module(self) -> ProgramModule:
         """A module with the model's call, to put in its place, for example `pipe.transformer`.
 
         Keywords that the capture fixed (`return_dict=False`) are accepted with the captured value only.
         """
-        return _AsModule(self)
+        return ProgramModule(self)
 
     def to(self, device: torch.device | str) -> Program:
         """Move weights and state; phases keep sharing them.
@@ -312,7 +322,9 @@ class Program:
         return f"<Program {self.kind}: {', '.join(self.phases)}; {kept} of {len(self.decisions)} decisions kept>"
 
 
-class _AsModule(nn.Module):
+class ProgramModule(nn.Module):
+    """A program as a module with the model's call; see `Program.as_module`."""
+
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
@@ -330,12 +342,17 @@ class _AsModule(nn.Module):
         return device_of(next(iter(self.program.phases.values())).exported)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call; a denoiser gives its sample in a tuple, as diffusers does with `return_dict=False`."""
         wraps = self.program.kind == "denoiser"
         if wraps and kwargs.pop("return_dict", False):
             raise InvalidType("the program was captured with return_dict=False")
         known = {k: v for k, v in kwargs.items() if k in self.program.inputs or v is not None}
-        result = self.program(*args, **known)
+        result = self.run(*args, **known)
         return (result,) if wraps else result
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the program."""
+        return self.program(*args, **kwargs)
 
 
 class _Config(dict[str, Any]):

@@ -21,6 +21,7 @@ from .passes.decision import Decision
 from .patterns.find import Sites
 from .patterns.graph import GraphView, shape_of
 from .patterns.text import graph_line, graph_text, type_text
+from .report_attention import attention_parts
 
 if TYPE_CHECKING:
     from .program import Program
@@ -125,7 +126,7 @@ class Report(_Printable):
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = [self._phases()]
         if self.program.decisions:
-            parts += [self._decisions(), *self._left_out()]
+            parts += [self._decisions(), *self._left_out(), *attention_parts(self.program)]
             frontier = self.program.profile.measured.get("frontier")
             if frontier:
                 parts.append(self._frontier(frontier))
@@ -163,7 +164,8 @@ class Report(_Printable):
             table.add_column(column, justify=justify)  # pyright: ignore[reportArgumentType]
         groups: dict[tuple[str, str, str], list[Decision]] = {}
         for decision in self.program.decisions:
-            key = (decision.phase, decision.pass_name, decision.facts.get("role", "-"))
+            role = decision.facts.get("role") or decision.facts.get("attention") or "-"
+            key = (decision.phase, decision.pass_name or "-", role)
             groups.setdefault(key, []).append(decision)
         for (phase, pass_name, role), group in groups.items():
             kept = [decision for decision in group if decision.status == "kept"]
@@ -245,7 +247,7 @@ def explain(program: Program, site_id: str) -> str:
             lines += [f"    {name}: {value}" for name, value in decision.facts.items()]
         lines.append(f"    status: {decision.status}" + (f", {decision.reason}" if decision.reason else ""))
         for name, form in (
-            ("predicted_gain", "{:.2%} of the phase's linear arithmetic"),
+            ("predicted_gain", "{:.2%} of the phase's arithmetic"),
             ("measured_gain", "{:.2f}x at the site"),
             ("local_error", "{:.3%} at the site's output"),
             ("output_error", "{:.3%} at the program's output, this site alone"),
@@ -253,6 +255,7 @@ def explain(program: Program, site_id: str) -> str:
             value = getattr(decision, name)
             if value is not None:
                 lines.append(f"    {name.replace('_', ' ')}: {form.format(value)}")
+        lines += [f"    {name}: {_short(value)}" for name, value in decision.figures.items()]
     nodes = _nodes_of(program, site_id)
     lines += [f"  now in the graph: {graph_line(view, node)}" for view, node in nodes]
     if not decisions:
@@ -342,7 +345,8 @@ def _nodes_of(program: Program, site_id: str) -> list[tuple[GraphView, Node]]:
 def _short(value: Any) -> str:
     """A value for one line: long lists by their length and range."""
     if isinstance(value, list | tuple) and len(value) > 8:
-        return f"{len(value)} values from {min(value)} to {max(value)}"
+        numbers = all(isinstance(item, int | float) for item in value)
+        return f"{len(value)} values" + (f" from {min(value)} to {max(value)}" if numbers else "")
     return repr(value)
 
 

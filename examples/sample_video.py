@@ -6,7 +6,6 @@ it in `models/tiny_wan`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,21 +95,6 @@ def latent_to_video(latent: Tensor) -> Tensor:
     """Video [T, 3, H, W] in [0, 1] of a latent [1, 12, T, H/2, W/2]; what lies outside is clamped."""
     frames = functional.pixel_shuffle(latent[0].transpose(0, 1) / _LATENT_SCALE, _LATENT_STRIDE)
     return ((frames + 1) / 2).clamp(0, 1)
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of two videos in [0, 1], in decibels: -10 log10 of the mean squared difference.
-
-    Returns:
-        The ratio; infinity where the videos are equal.
-
-    Raises:
-        InvalidArgument: the shapes differ.
-    """
-    if a.shape != b.shape:
-        raise InvalidArgument(f"got videos of shapes {list(a.shape)} and {list(b.shape)}, expected equal ones")
-    error = functional.mse_loss(a.double(), b.double()).item()
-    return -10 * math.log10(error) if error else math.inf
 
 
 def write_png_grid(path: str | Path, videos: Sequence[Tensor], frames: Sequence[int], zoom: int = 2) -> None:

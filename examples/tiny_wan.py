@@ -9,7 +9,8 @@ import torch
 
 import graphwright as gw
 from graphwright.examples.load_tiny_wan import load_prompts, load_tiny_wan
-from graphwright.examples.sample_video import psnr, sample, write_png_grid
+from graphwright.examples.sample_video import sample, write_png_grid
+from graphwright.quality import psnr
 
 
 def main() -> None:

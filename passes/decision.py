@@ -29,6 +29,7 @@ class Decision(BaseModel):
     status: Status = "proposed"
     reason: str = Field("", description="Why it was refused, failed or was rolled back; empty where it was kept.")
     facts: dict[str, str] = Field(default_factory=dict, description="What was known of the site.")
+    figures: dict[str, Any] = Field(default_factory=dict, description="What was measured by head, of attentions.")
     predicted_gain: float | None = None
     measured_gain: float | None = None
     local_error: float | None = None

@@ -117,6 +117,10 @@ class Edit:
         node.meta["val"] = self.fake_value(node)
         return node
 
+    def size(self, target: Any, *values: Any, like: Node) -> Any:
+        """Arithmetic on sizes: done at once where all are numbers, inserted as a call where one is a node."""
+        return self.call(target, *values, like=like) if any(isinstance(v, Node) for v in values) else target(*values)
+
     def fake_value(self, node: Node) -> Any:
         """What a node's metadata should be, from its inputs' metadata."""
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])

@@ -7,7 +7,8 @@ share of its steps, up to one step.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from pydantic import BaseModel, ConfigDict
@@ -53,41 +54,41 @@ def checked_timesteps(timesteps: Sequence[float] | Tensor) -> list[float]:
     return values
 
 
-def step_ranges(
-    timesteps: Sequence[float], edges: Collection[int], sparse_from: int, sparse_to: int
-) -> list[StepRange]:
-    """Cut a run into ranges.
+@dataclass(frozen=True)
+class Schedule:
+    """The steps in which a method is active, `first` to `stop` (excluded), and `edges` at which it changes."""
+
+    first: int
+    stop: int
+    edges: tuple[int, ...] = ()
+
+
+def step_ranges(timesteps: Sequence[float], schedules: Sequence[Schedule]) -> list[StepRange]:
+    """Cut a run into ranges in which every method does one thing.
 
     Args:
         timesteps: Falling, one a step.
-        edges: Steps at which a range begins, in any order; step 0 always does.
-        sparse_from: The first step at which any method is active.
-        sparse_to: The step from which on no method is active again; the number of steps where there is none.
+        schedules: One a method.
 
     Returns:
-        The ranges in order of the steps. Those before `sparse_from` and from `sparse_to` on are called "dense" and
-        "dense_tail", the others "sparse", or "sparse_1", "sparse_2", ... where there are several.
+        The ranges in order of the steps, none where no method cuts. Ranges in which no method is active are called
+        "dense", and "dense_tail" after the active ones; the others "sparse", or "sparse_1", "sparse_2", ... where there
+        are several.
     """
     count = len(timesteps)
-    inside = {edge for edge in (*edges, sparse_from, sparse_to) if 0 < edge < count}
-    starts = [0, *sorted(inside)]
-    ends = [*(start - 1 for start in starts[1:]), count - 1]
-    active = [start for start in starts if sparse_from <= start < sparse_to]
+    cuts = {edge for schedule in schedules for edge in (schedule.first, schedule.stop, *schedule.edges)}
+    starts = [0, *sorted(edge for edge in cuts if 0 < edge < count)]
+    active = [start for start in starts if any(schedule.first <= start < schedule.stop for schedule in schedules)]
+    if not active:
+        return []
     ranges = []
-    for first, last in zip(starts, ends, strict=True):
+    for first, stop in pairwise([*starts, count]):
         if first in active:
             name = "sparse" if len(active) == 1 else f"sparse_{active.index(first) + 1}"
         else:
-            name = "dense" if first < sparse_from else "dense_tail"
-        ranges.append(
-            StepRange(
-                name=name,
-                first=first,
-                last=last,
-                at_least=_between(timesteps, last),
-                at_most=_between(timesteps, first - 1),
-            )
-        )
+            name = "dense" if first < active[0] else "dense_tail" if first > active[-1] else f"dense_{first}"
+        low, high = _between(timesteps, stop - 1), _between(timesteps, first - 1)
+        ranges.append(StepRange(name=name, first=first, last=stop - 1, at_least=low, at_most=high))
     return ranges
 
 

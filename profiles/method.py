@@ -20,6 +20,8 @@ from torch.export import ExportedProgram
 from ..errors import InvalidArgument
 from ..passes.decision import Decision
 from ..patterns.find import Sites
+from ..patterns.steps import Schedule, StepRange
+from ..progress import Progress
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -33,12 +35,16 @@ class Context:
         sites: Their sites.
         calibration: Flat inputs by phase, empty where the user gave none.
         facts: What capture knows of the model.
+        steps: Phase -> its denoising steps; empty where phases are something else.
+        progress: Where long work shows how far it is.
     """
 
     phases: Mapping[str, ExportedProgram]
     sites: Mapping[str, Sites]
     calibration: Mapping[str, Sequence[list[Any]]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    steps: Mapping[str, StepRange] = field(default_factory=dict)
+    progress: Progress = field(default_factory=lambda: Progress(False))
 
 
 class Method(BaseModel, ABC):
@@ -71,6 +77,14 @@ class Method(BaseModel, ABC):
                     f"{cls.__qualname__}: the method name {cls.name!r} is taken by {known.__qualname__}"
                 )
             METHODS[cls.name] = cls
+
+    def schedule(self, steps: int) -> Schedule | None:
+        """In which of a run's denoising steps the method is active; None where it treats all steps alike.
+
+        Args:
+            steps: Number of steps of a run.
+        """
+        return None
 
     @abstractmethod
     def decide(self, context: Context) -> list[Decision]:

@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 from ..errors import InvalidFile, StaleProfile
 from ..passes.decision import Decision
 from ..patterns.graph import GraphView
+from ..patterns.steps import StepRange
 
 SCHEMA_VERSION = 1
 
@@ -48,6 +49,9 @@ class Profile(BaseModel):
     fingerprint: Fingerprint
     methods: list[dict[str, Any]] = Field(default_factory=list, description="Name and options of each method.")
     decisions: list[Decision] = Field(default_factory=list)
+    steps: list[StepRange] = Field(
+        default_factory=list, description="The ranges of denoising steps that have a phase each, of denoisers."
+    )
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: dict[str, str] = Field(default_factory=dict)
     data: str = Field("", description="SHA-256 of the calibration inputs, empty where there were none.")

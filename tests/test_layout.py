@@ -19,7 +19,7 @@ FLOORS = {  # what each folder may import, beside itself and GROUND
     "lowering": {"kernels"},
     "profiles": {"kernels", "passes", "patterns"},
 }
-GROUND = {"errors", "torch_private"}
+GROUND = {"errors", "progress", "torch_private"}
 PROGRAMS = ("examples", "benchmarks")
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
 

@@ -16,11 +16,11 @@ from graphwright.examples.perplexity import perplexity, read_text, token_windows
 from graphwright.examples.sample_video import (
     latent_to_video,
     noise_levels,
-    psnr,
     sample,
     video_to_latent,
     write_png_grid,
 )
+from graphwright.quality import psnr
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -246,14 +246,6 @@ def test_tiny_wan_is_trained(tiny_wan):
 def test_sampler_refuses_odd_sizes():
     with pytest.raises(InvalidArgument, match="30x32 pixels, expected multiples of 4"):
         sample(lambda **_: None, torch.zeros(1, 4, 32), frames=4, height=30, width=32)
-
-
-def test_psnr():
-    video = torch.rand(2, 3, 4, 4)
-    assert psnr(video, video) == math.inf
-    assert psnr(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.1)) == pytest.approx(20, abs=1e-5)
-    with pytest.raises(InvalidArgument, match="expected equal ones"):
-        psnr(video, video[:1])
 
 
 def test_png_grid(tmp_path):

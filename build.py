@@ -1,0 +1,55 @@
+"""From decisions to a program: copies of the canonical phases, rewritten, over one set of weights and one of state."""
+
+from __future__ import annotations
+
+from .passes.edit import copy_exported
+from .passes.rewrite import apply_decisions
+from .patterns.text import graph_text
+from .phases import Phase, state_of
+from .prepare import Prepared
+from .profiles.profile import Profile
+from .program import History, Program
+
+
+def build(prepared: Prepared, profile: Profile) -> Program:
+    """Apply a profile's decisions to copies of the canonical phases.
+
+    Args:
+        prepared: The canonical phases; not changed.
+        profile: Decisions with status "proposed" or "kept" are applied.
+
+    Returns:
+        A program with state of its own. Its decisions say what became of them: a rewrite that raised is "failed".
+    """
+    phases, before = [], {}
+    state = {name: tensor.clone() for phase in prepared.phases for name, tensor in state_of(phase.exported).items()}
+    status: dict[str, tuple[str, str]] = {}
+    for phase in prepared.phases:
+        exported = copy_exported(phase.exported)
+        before[phase.name] = graph_text(exported)
+        rewriting = apply_decisions(exported, phase.name, profile.decisions, prepared.shared)
+        rewriting.commit()
+        status |= dict.fromkeys(rewriting.changes, ("kept", ""))
+        status |= {site: ("failed", reason) for site, reason in rewriting.failed.items()}
+        for name in state_of(exported):
+            exported.state_dict[name] = state[name]
+        phases.append(Phase(phase.plan, exported))
+    decisions = [
+        decision.model_copy(update=dict(zip(("status", "reason"), status[decision.site], strict=True)))
+        if decision.status in ("proposed", "kept") and decision.site in status
+        else decision
+        for decision in profile.decisions
+    ]
+    captured = prepared.captured
+    history = History(prepared.records, _refusals(prepared), before, dict(prepared.measured))
+    final = profile.model_copy(update={"decisions": decisions})
+    return Program(phases, captured.inputs, captured.kind, captured.facts, final, history)
+
+
+def _refusals(prepared: Prepared) -> dict[str, dict[str, list[str]]]:
+    return {
+        phase: {
+            family: [f"{r.module_path or r.node}: {r}" for r in refused] for family, refused in sites.refusals.items()
+        }
+        for phase, sites in prepared.sites.items()
+    }

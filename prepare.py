@@ -1,0 +1,103 @@
+"""Canonical phases with their sites: what methods look at, and what their decisions are applied to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from .capture import Captured
+from .errors import VerificationError
+from .passes.assume_empty_cache import AssumeEmptyCache
+from .passes.canonicalize import canonicalize
+from .passes.dialects import TOLERANCE, largest_difference, run_functional
+from .passes.edit import copy_exported
+from .passes.fix_sizes import FixSizes
+from .passes.manager import PassManager, PassRecord
+from .passes.merge_duplicates import MergeDuplicates
+from .patterns.find import Sites, find_sites
+from .patterns.graph import GraphView
+from .patterns.steps import StepRange
+from .phases import Phase, PhasePlan, plan_steps
+from .torch_private import pytree
+
+
+@dataclass
+class Prepared:
+    """Canonical phases with their sites, before anything lossy.
+
+    Attributes:
+        captured: Where they came from.
+        phases: In the order in which their conditions are tried.
+        sites: Phase -> sites.
+        records: What the exact passes did.
+        steps: Phase -> the denoising steps that it runs; empty where phases are something else.
+        shared: Tensors that rewrites make once for all phases.
+        measured: Figures for the report.
+    """
+
+    captured: Captured
+    phases: list[Phase]
+    sites: dict[str, Sites]
+    records: list[PassRecord]
+    steps: dict[str, StepRange] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def exported(self) -> dict[str, ExportedProgram]:
+        """Phase -> canonical program."""
+        return {phase.name: phase.exported for phase in self.phases}
+
+
+def prepare(captured: Captured, steps: Sequence[StepRange] = ()) -> Prepared:
+    """Canonicalize a captured program and specialise it into its phases.
+
+    Args:
+        captured: What capture returned; it is not changed.
+        steps: For a denoiser the ranges of steps that get a phase each; one phase for all steps where there are none.
+
+    Returns:
+        The phases, which share all tensors.
+
+    Raises:
+        VerificationError: A pass broke an invariant.
+    """
+    started = time.perf_counter()
+    base = copy_exported(captured.exported)
+    shared: dict[str, Tensor] = {}
+    records = canonicalize(base, "captured", shared)
+    plans = plan_steps(captured.facts["timestep"], steps) if steps else captured.plans
+    phases = [Phase(plan, _specialise(base, plan, shared, records)) for plan in plans]
+    sites = {phase.name: find_sites(GraphView(phase.exported), phase.name) for phase in phases}
+    prepared = Prepared(captured, phases, sites, records, {step.name: step for step in steps}, shared)
+    prepared.measured["prepare_seconds"] = time.perf_counter() - started
+    return prepared
+
+
+def _specialise(
+    base: ExportedProgram, plan: PhasePlan, shared: dict[str, Tensor], records: list[PassRecord]
+) -> ExportedProgram:
+    exported = copy_exported(base)
+    if plan.sizes:
+        records += PassManager([FixSizes(sizes=plan.sizes)]).run(exported, plan.name, shared)
+        _check_same(base, exported, plan.name)
+        records += canonicalize(exported, plan.name, shared)
+    if plan.start_input is not None:
+        passes = [AssumeEmptyCache(start_input=plan.start_input), MergeDuplicates()]
+        records += PassManager(passes).run(exported, plan.name, shared)
+    return exported
+
+
+def _check_same(base: ExportedProgram, fixed: ExportedProgram, phase: str) -> None:
+    """Fixed sizes must compute what the dynamic program computes at those sizes."""
+    if fixed.example_inputs is None:
+        return
+    flat = pytree.tree_leaves(fixed.example_inputs)
+    difference = largest_difference(run_functional(base, flat), run_functional(fixed, flat))
+    if not difference <= max(TOLERANCE.values()):
+        raise VerificationError(f"{phase}: fixing the sizes changed the outputs by {difference:.2g}")
