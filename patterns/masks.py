@@ -18,7 +18,7 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .graph import GraphView, same_size
+from .graph import GraphView, aten, is_call, same_size, shape_of
 from .mask_samples import MaskSampler, Roles, Sample
 from .mask_sizes import Unproved, is_float
 
@@ -49,6 +49,8 @@ class MaskFact:
             are taken to be in [0, K).
         per_row: The position of query i is `positions[..., i]`; otherwise it is `positions[..., 0] + i`.
         padding: The input [B, K] or [B, 1, 1, K] that is anded in: one where a key is real, else zero.
+        per_key: [1|B, 1, 1, K], the mask or what it is expanded from, where it says the same to every query and head:
+            padding, whatever it is computed from. Known for masks of unknown kind too.
         additive: The mask is a float that is added to the scores (0 keeps, very negative drops), not a bool.
         every_row_sees_a_key: No query is left without a key, whatever the sizes. Never claimed where there is padding.
         reason: One clause: what was proved, or how far the closest hypothesis came.
@@ -59,6 +61,7 @@ class MaskFact:
     positions: Node | None = None
     per_row: bool = False
     padding: Node | None = None
+    per_key: Node | None = None
     additive: bool = False
     every_row_sees_a_key: bool = False
     reason: str = ""
@@ -89,13 +92,30 @@ def analyse_mask(
     known = _KNOWN.setdefault(view, {})
     question = (mask, str(queries), str(keys))
     if question not in known:
-        additive = is_float(mask)
         try:
             hypothesis, samples = _prove(MaskSampler(view, mask, queries, keys))
-            known[question] = replace(_fact(hypothesis, samples, queries, keys), additive=additive)
+            fact = _fact(hypothesis, samples, queries, keys)
         except Unproved as failure:
-            known[question] = MaskFact("unknown", additive=additive, reason=str(failure))
+            fact = MaskFact("unknown", reason=str(failure))
+        known[question] = replace(fact, per_key=_per_key(mask), additive=is_float(mask))
     return known[question]
+
+
+def _per_key(mask: Node) -> Node | None:
+    """What a mask is expanded from, where that has one row for all queries and heads."""
+    while True:
+        sizes = shape_of(mask)
+        if len(sizes) == 4 and same_size(sizes[1], 1) and same_size(sizes[2], 1):
+            return mask
+        if not (is_call(mask, aten.expand.default, aten.repeat.default) and isinstance(mask.args[0], Node)):
+            return None
+        before = shape_of(mask.args[0])
+        # Repeating what has more than one row would repeat rows, not spread one.
+        if len(before) != len(sizes) or not all(
+            same_size(a, b) or same_size(a, 1) for a, b in zip(before, sizes, strict=True)
+        ):
+            return None
+        mask = mask.args[0]
 
 
 _KNOWN: WeakKeyDictionary[GraphView, dict[tuple[Node, str, str], MaskFact]] = WeakKeyDictionary()

@@ -34,6 +34,30 @@ def test_near_misses(form: Form):
     assert not fact.every_row_sees_a_key
 
 
+PER_KEY = {
+    "padding, int": True,
+    "padding, > 0": True,  # expanded to all queries
+    "padding, (1 - m) * min": True,
+    "padding that is all ones": True,
+    "padding inverted": True,
+    "weak padding": True,
+    "padding of tokens": True,
+    "padding of queries": False,
+    "[1,1,S,S]": False,
+    "[B,H,S,S]": False,
+    "bool ones": False,
+    "causal and padding": False,
+}
+
+
+@pytest.mark.parametrize("name", PER_KEY)
+def test_masks_that_are_the_same_for_all_queries(name: str):
+    fact = analysed("queries")[name]
+    assert (fact.per_key is not None) == PER_KEY[name]
+    if fact.per_key is not None:
+        assert tuple(fact.per_key.meta["val"].shape[1:3]) == (1, 1)
+
+
 def test_without_a_mask():
     def facts_of(*, is_causal: bool, free: bool) -> MaskFact:
         class Plain(nn.Module):

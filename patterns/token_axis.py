@@ -1,0 +1,403 @@
+"""Which dimension of a tensor counts tokens, and what each operator does along it: a table of rules, one an operator.
+
+    reads(node, dim)      output token i is made of token i of these operands, whatever the other tokens are
+    pieces(node, dim)     the output's tokens are these runs of operands' tokens, one after the other (cat, slice)
+    unordered(node)       operands whose tokens are summed up, so that they may be in any order: keys and values, sums
+
+A rule proves what it says from shapes and arguments; an operator without a rule is taken to depend on positions.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .attention_forms import SDPA
+from .graph import CASTS, RESHAPES, arguments, aten, is_call, same_size
+
+
+class Read(NamedTuple):
+    """An operand, and the dimension along which it is read token by token."""
+
+    operand: Node
+    dim: int
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `start + length` of an operand; the operand is None where the tokens are padding."""
+
+    operand: Node | None
+    dim: int
+    start: Any
+    length: Any
+
+
+def reads(node: Node, dim: int) -> tuple[Read, ...] | None:
+    """The operands of which an output's tokens are made, one by one.
+
+    Args:
+        node: A call. Where it gives several tensors (split), `dim` is that of each.
+        dim: The output's dimension that counts tokens, not negative.
+
+    Returns:
+        Token i of the output depends on token i of these operands and on no other; an operand that is not named has
+        no tokens, or is read as a whole. () where all tokens are alike. None where the operator mixes tokens, depends
+        on their positions, or has no rule.
+    """
+    if node.op != "call_function":
+        return None
+    rule = _RULES.get(node.target) or _OURS.get(str(node.target))
+    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        rule = _elementwise
+    return None if rule is None else rule(node, arguments(node), dim)
+
+
+def reader_dim(node: Node, operand: Node, dim: int) -> int | None:
+    """The output's dimension that counts what an operand has at `dim`; None where `reads` never names that."""
+    wanted = Read(operand, dim)
+    return next((d for d in range(len(sizes_of(node))) if wanted in (reads(node, d) or ())), None)
+
+
+def pieces(node: Node, dim: int) -> tuple[Piece, ...] | None:
+    """What an output's tokens are put together from, in order; None where the operator does not cut or join there."""
+    if node.op != "call_function":
+        return None
+    args = arguments(node)
+    if node.target is aten.cat.default and args["dim"] % len(sizes_of(node)) == dim:
+        parts = [part for part in args["tensors"] if len(sizes_of(part)) > dim]
+        return tuple(Piece(part, dim, 0, sizes_of(part)[dim]) for part in parts)
+    if node.target is aten.slice.Tensor and _own_dim(args["self"], args["dim"]) == dim and args["step"] == 1:
+        start, length = _number(args["start"] or 0), sizes_of(node)[dim]
+        if isinstance(start, int) and start < 0:
+            start = sizes_of(args["self"])[dim] + start
+        return (Piece(args["self"], dim, start, length),)
+    if node.target is aten.slice_scatter.default and _own_dim(args["self"], args["dim"]) == dim and args["step"] == 1:
+        start, length = _number(args["start"] or 0), sizes_of(args["src"])[dim]
+        if isinstance(start, int) and start < 0:
+            start = sizes_of(node)[dim] + start
+        end = start + length
+        parts = (
+            Piece(args["self"], dim, 0, start),
+            Piece(args["src"], dim, 0, length),
+            Piece(args["self"], dim, end, sizes_of(node)[dim] - end),
+        )
+        return tuple(part for part in parts if not same_size(part.length, 0))
+    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
+        return _padded(node, args, dim)
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        whole, index = node.args
+        if is_call(whole, *_SPLITS) and isinstance(index, int):
+            source = whole.args[0]
+            assert isinstance(source, Node)
+            lengths = [part.shape[dim] for part in whole.meta["val"]]
+            if _own_dim(source, arguments(whole)["dim"]) == dim:
+                return (Piece(source, dim, sum(lengths[:index]), lengths[index]),)
+    return None
+
+
+def unordered(node: Node) -> tuple[tuple[Read, ...], ...]:
+    """Groups of operands whose tokens a call sums up: in any order, as long as it is one order for a group."""
+    if node.op != "call_function":
+        return ()
+    args = arguments(node)
+    if node.target is SDPA and not args["is_causal"]:
+        key, value, mask = args["key"], args["value"], args["attn_mask"]
+        group = [Read(key, len(sizes_of(key)) - 2), Read(value, len(sizes_of(value)) - 2)]
+        if mask is not None and same_size(sizes_of(mask)[-1], sizes_of(key)[-2]):
+            group.append(Read(mask, len(sizes_of(mask)) - 1))
+        return (tuple(group),)
+    if node.target in _REDUCTIONS and args["dim"]:
+        source = _first(args)
+        return tuple((Read(source, dim),) for dim in _own_dims(source, args["dim"]))
+    return ()
+
+
+# ---- shapes and arguments
+
+
+def sizes_of(node: Node) -> tuple[Any, ...]:
+    """The sizes of a tensor, or of the first one where a call gives several."""
+    value = node.meta.get("val")
+    if isinstance(value, list | tuple) and value:
+        value = value[0]
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
+def _first(args: dict[str, Any]) -> Node:
+    return next(value for value in args.values() if isinstance(value, Node))
+
+
+def _own_dim(node: Node, dim: int) -> int:
+    return dim % max(len(sizes_of(node)), 1)
+
+
+def _own_dims(node: Node, dims: int | Sequence[int]) -> set[int]:
+    return {_own_dim(node, dim) for dim in ([dims] if isinstance(dims, int) else dims)}
+
+
+def _number(value: Any) -> Any:
+    return value.meta["val"] if isinstance(value, Node) else value
+
+
+def _product(sizes: Iterable[Any]) -> Any:
+    return reduce(operator.mul, sizes, 1)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)
+
+
+# ---- the rules
+
+
+def _elementwise(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """Operands are aligned from the right; of size 1, or without the dimension, they are the same for all tokens."""
+    rank, length = len(sizes_of(node)), sizes_of(node)[dim]
+    found = []
+    for value in args.values():
+        if isinstance(value, list | tuple) and any(map(_is_tensor, value)):
+            return None
+        if not _is_tensor(value):
+            continue
+        own = dim - rank + len(sizes_of(value))
+        if own < 0 or (same_size(sizes_of(value)[own], 1) and not same_size(length, 1)):
+            continue
+        if not same_size(sizes_of(value)[own], length):
+            return None
+        found.append(Read(value, own))
+    return tuple(found)
+
+
+def _same(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """The first operand's values with its own shape; what others are there for is not their values."""
+    return (Read(_first(args), dim),)
+
+
+def _alike(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    return ()
+
+
+def _reshaped(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """A dimension comes through a reshape where an equal one has as many elements before it."""
+    source, length, before = _first(args), sizes_of(node)[dim], _product(sizes_of(node)[:dim])
+    old = sizes_of(source)
+    for own, size in enumerate(old):
+        if same_size(size, length) and same_size(_product(old[:own]), before):
+            return (Read(source, own),)
+    return None
+
+
+def _reordered(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    source = _first(args)
+    places = list(range(len(sizes_of(source))))
+    if "dims" in args:
+        places = [_own_dim(source, place) for place in args["dims"]]
+    elif len(places) > 1:
+        first, second = (_own_dim(source, args.get(name, index)) for index, name in enumerate(("dim0", "dim1")))
+        places[first], places[second] = places[second], places[first]
+    return (Read(source, places[dim]),)
+
+
+def _without(removed: Callable[[Node, dict[str, Any]], set[int]]) -> _Rule:
+    """The output lacks some of the operand's dimensions."""
+
+    def rule(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+        source = _first(args)
+        gone = removed(source, args)
+        kept = [own for own in range(len(sizes_of(source))) if own not in gone]
+        return (Read(source, kept[dim]),)
+
+    return rule
+
+
+def _squeezed(source: Node, args: dict[str, Any]) -> set[int]:
+    sizes = sizes_of(source)
+    asked = _own_dims(source, args["dim"]) if "dim" in args else set(range(len(sizes)))
+    return {dim for dim in asked if same_size(sizes[dim], 1)}
+
+
+def _reduced(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """Sums and the like over other dimensions."""
+    source = _first(args)
+    gone = _own_dims(source, args["dim"]) if args["dim"] else set(range(len(sizes_of(source))))
+    if args["keepdim"]:
+        return None if dim in gone else (Read(source, dim),)
+    return _without(lambda source, args: gone)(node, args, dim)
+
+
+def _added_dim(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """Unsqueeze and stack: the output has one dimension more."""
+    own = args["dim"] % len(sizes_of(node))
+    if dim == own:
+        return None
+    operands = args["tensors"] if "tensors" in args else [_first(args)]
+    return tuple(Read(operand, dim if dim < own else dim - 1) for operand in operands)
+
+
+def _expanded(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """Expand and repeat: dimensions of size 1, and new ones, are alike everywhere."""
+    source = _first(args)
+    own = dim - len(sizes_of(node)) + len(sizes_of(source))
+    if own < 0 or same_size(sizes_of(source)[own], 1):
+        return ()
+    return (Read(source, own),) if same_size(sizes_of(source)[own], sizes_of(node)[dim]) else None
+
+
+def _beside(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """Operators that work along dimensions of their own, and treat what lies beside as they find it."""
+    operands = args["tensors"] if "tensors" in args else [_first(args)]
+    own = args["dims"] if "dims" in args else args["dim"]
+    if own is None or own == [] or dim in _own_dims(operands[0], own):
+        return None
+    return tuple(Read(operand, dim) for operand in operands if len(sizes_of(operand)) > dim)
+
+
+def _scattered(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """Slice_scatter and select_scatter: a source is written into a part of the first operand."""
+    whole, part = args["self"], args["src"]
+    own = _own_dim(whole, args["dim"])
+    if dim == own:
+        return None
+    lower = node.target is aten.select_scatter.default and dim > own
+    return (Read(whole, dim), Read(part, dim - lower))
+
+
+def _features(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """Linear and the like: the last dimension is mixed, the others are not."""
+    return (Read(_first(args), dim),) if dim < len(sizes_of(node)) - 1 else None
+
+
+def _normalized(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    source = _first(args)
+    kept = len(sizes_of(source)) - len(args["normalized_shape"])
+    return (Read(source, dim),) if dim < kept else None
+
+
+def _looked_up(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    indices = args["indices"]
+    return (Read(indices, dim),) if dim < len(sizes_of(indices)) else None
+
+
+def _multiplied(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """Rows of the left operand, columns of the right one, batches of both."""
+    left, right = (value for value in args.values() if isinstance(value, Node))
+    rank = len(sizes_of(node))
+    if min(len(sizes_of(left)), len(sizes_of(right))) < 2:
+        return None
+    if dim == rank - 2:
+        return (Read(left, len(sizes_of(left)) - 2),)
+    if dim == rank - 1:
+        return (Read(right, len(sizes_of(right)) - 1),)
+    return _elementwise(node, args, dim)
+
+
+def _attended(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    """The query side of attention, and of its mask where each query has its own."""
+    query, mask = args["query"], args["attn_mask"]
+    if dim != len(sizes_of(node)) - 2 or args["is_causal"]:
+        return None
+    own = (Read(query, len(sizes_of(query)) - 2),)
+    if mask is None or len(sizes_of(mask)) < 2 or same_size(sizes_of(mask)[-2], 1):
+        return own
+    return (*own, Read(mask, len(sizes_of(mask)) - 2)) if same_size(sizes_of(mask)[-2], sizes_of(node)[dim]) else None
+
+
+def _padded(node: Node, args: dict[str, Any], dim: int) -> tuple[Piece, ...] | None:
+    source = _first(args)
+    pair = 2 * (len(sizes_of(source)) - 1 - dim)
+    amounts = [_number(amount) for amount in args["pad"][pair : pair + 2]]
+    if not amounts or args.get("mode", "constant") != "constant":
+        return None
+    before, after = amounts
+    # A pad that is known to be negative cuts; one that is not known to be positive is taken as it is meant.
+    if any(isinstance(amount, int) and amount < 0 for amount in amounts):
+        return None
+    ends = [Piece(None, dim, 0, amount) for amount in (before, after)]
+    parts = (ends[0], Piece(source, dim, 0, sizes_of(source)[dim]), ends[1])
+    return tuple(part for part in parts if not same_size(part.length, 0))
+
+
+def _beside_padding(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    parts = _padded(node, args, dim)
+    alone = parts is None or [part.operand for part in parts] == [_first(args)]
+    return (Read(_first(args), dim),) if alone and same_size(sizes_of(_first(args))[dim], sizes_of(node)[dim]) else None
+
+
+def _part_of(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
+    whole = node.args[0]
+    return (Read(whole, dim),) if isinstance(whole, Node) else None
+
+
+_Rule = Callable[[Node, dict[str, Any], int], tuple[Read, ...] | None]
+
+_SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
+_REDUCTIONS = frozenset(
+    {
+        aten.sum.dim_IntList,
+        aten.mean.dim,
+        aten.amax.default,
+        aten.amin.default,
+        aten.var.correction,
+        aten.linalg_vector_norm.default,
+    }
+)
+ALIKE = frozenset(
+    {
+        aten.empty_like.default,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_empty.default,
+        aten.new_full.default,
+        aten.zeros.default,
+        aten.ones.default,
+        aten.full.default,
+        aten.empty.memory_format,
+    }
+)
+"""Operators whose output has the same value, or none that counts, at all places."""
+
+_RULES: dict[Any, _Rule] = {
+    **dict.fromkeys(ALIKE, _alike),
+    **dict.fromkeys(RESHAPES, _reshaped),
+    **dict.fromkeys((*CASTS, aten.clone.default, aten.contiguous.default, aten.alias.default), _same),
+    **dict.fromkeys((aten.detach.default, aten.type_as.default, aten.dropout.default), _same),
+    # Elementwise, though not tagged so.
+    **dict.fromkeys((aten.copy.default, aten.masked_fill.Tensor, aten.__and__.Tensor), _elementwise),
+    **dict.fromkeys((aten.__or__.Tensor, aten.complex.default, aten.polar.default), _elementwise),
+    aten.transpose.int: _reordered,
+    aten.permute.default: _reordered,
+    aten.t.default: _reordered,
+    aten.select.int: _without(lambda source, args: {_own_dim(source, args["dim"])}),
+    aten.unbind.int: _without(lambda source, args: {_own_dim(source, args["dim"])}),
+    **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default), _without(_squeezed)),
+    aten.view_as_complex.default: _without(lambda source, args: {len(sizes_of(source)) - 1}),
+    aten.view_as_real.default: _features,
+    aten.unsqueeze.default: _added_dim,
+    aten.stack.default: _added_dim,
+    aten.expand.default: _expanded,
+    aten.repeat.default: _expanded,
+    **dict.fromkeys((*_SPLITS, aten.slice.Tensor, aten.cat.default, aten.index_select.default), _beside),
+    **dict.fromkeys((aten.softmax.int, aten.cumsum.default, aten.flip.default, aten.roll.default), _beside),
+    **dict.fromkeys((aten.repeat_interleave.self_int, aten.glu.default), _beside),
+    **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _scattered),
+    **dict.fromkeys(_REDUCTIONS, _reduced),
+    **dict.fromkeys((aten.constant_pad_nd.default, aten.pad.default), _beside_padding),
+    **dict.fromkeys((aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default), _normalized),
+    aten.linear.default: _features,
+    aten.embedding.default: _looked_up,
+    **dict.fromkeys((aten.matmul.default, aten.bmm.default), _multiplied),
+    SDPA: _attended,
+    operator.getitem: _part_of,
+}
+
+_OURS: dict[str, _Rule] = {"graphwright.int8_linear.default": _features}
+"""Operators of this package, by name: patterns import no kernels."""

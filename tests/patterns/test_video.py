@@ -1,0 +1,353 @@
+"""Where the video stands in a sequence, for five families of video transformers and for near misses."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphwright as gw
+from graphwright.passes.canonicalize import CANONICALIZERS
+from graphwright.passes.edit import copy_exported
+from graphwright.passes.manager import PassManager
+from graphwright.patterns.attention import AttentionSite, find_attention
+from graphwright.patterns.graph import GraphView, Refusal, shape_of
+from graphwright.patterns.video import VideoLayout, video_layout
+from tests.graph_text import functional
+from tests.patterns import test_grid
+
+FRAMES, HEIGHT, WIDTH = 3, 4, 6
+VIDEO = FRAMES * HEIGHT * WIDTH
+
+
+def cogvideox():
+    """With rotary tables that are handed in."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=16, num_layers=2, sample_width=12, sample_height=8, sample_frames=9, patch_size=2,
+        temporal_compression_ratio=4, max_text_seq_length=7, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 3, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(1, 7, 16),
+        "timestep": torch.tensor([500]),
+        "image_rotary_emb": (torch.randn(VIDEO, 16), torch.randn(VIDEO, 16)),
+    }
+    return model, inputs
+
+
+def ltx():
+    from diffusers import LTXVideoTransformer3DModel
+
+    model = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, patch_size=1, patch_size_t=1, num_attention_heads=2, attention_head_dim=16,
+        cross_attention_dim=32, num_layers=1, caption_channels=16,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, VIDEO, 8),
+        "encoder_hidden_states": torch.randn(1, 7, 16),
+        "timestep": torch.tensor([500]),
+        "encoder_attention_mask": torch.ones(1, 7),
+        "num_frames": FRAMES,
+        "height": HEIGHT,
+        "width": WIDTH,
+    }
+    return model, inputs
+
+
+def mochi_of_two():
+    """A batch of two: the model attends for each of them by itself."""
+    model, inputs, _ = test_grid.mochi()
+    return model, {name: torch.cat([value, value]) for name, value in inputs.items()}
+
+
+MODELS: dict[str, Any] = {
+    "wan": lambda: test_grid.wan()[:2],
+    "cogvideox": cogvideox,
+    "cogvideox without rotary": lambda: test_grid.cogvideox()[:2],
+    "hunyuan": lambda: test_grid.hunyuan()[:2],
+    "ltx": ltx,
+    "mochi": lambda: test_grid.mochi()[:2],
+    "mochi of two": mochi_of_two,
+}
+
+
+@cache
+def layouts(model: str, dynamic: bool = False) -> dict[str, VideoLayout | Refusal]:
+    """Module path -> what is said of its attention; a second attention of a module has `[1]` behind."""
+    torch.manual_seed(0)
+    module, inputs = MODELS[model]()
+    exported = copy_exported(gw.capture_denoiser(module.eval(), inputs, dynamic_frames=dynamic).exported)
+    PassManager(CANONICALIZERS, check_numbers=False).run(exported)
+    view = GraphView(exported)
+    sites = find_attention(view).sites
+    return {site.place.removeprefix("model.").replace("/attention[0]", ""): video_layout(view, site) for site in sites}
+
+
+BLOCK = "transformer_blocks.0"
+EXPECTED = {
+    ("wan", "blocks.0.attn1"): ("none", 0, False),
+    ("cogvideox", f"{BLOCK}.attn1"): ("7 first", 7, False),
+    ("cogvideox", "transformer_blocks.1.attn1"): ("7 first", 7, False),
+    ("cogvideox without rotary", f"{BLOCK}.attn1"): ("7 first", 7, False),
+    ("hunyuan", f"{BLOCK}.attn"): ("7 last", 0, True),
+    ("hunyuan", f"single_{BLOCK}.attn"): ("7 last", 0, True),
+    ("ltx", f"{BLOCK}.attn1"): ("none", 0, False),
+    ("mochi", f"{BLOCK}.attn1"): ("u0 last", 0, False),
+    ("mochi", "transformer_blocks.1.attn1"): ("u1 last", 0, False),
+    ("mochi of two", f"{BLOCK}.attn1/attention[1]"): ("u1 last", 0, False),
+}
+"""(model, module) -> text, first video token, whether keys are masked."""
+
+REFUSED = {
+    ("wan", "blocks.0.attn2"): "queries and keys differ in number (queries=72, keys=5)",
+    ("hunyuan", "context_embedder.token_refiner.refiner_blocks.0.attn"): "the mask is not the same for all queries",
+    ("ltx", f"{BLOCK}.attn2"): "queries and keys differ in number (queries=72, keys=7)",
+    ("mochi", "time_embed.pooler"): "queries and keys differ in number (queries=1, keys=8)",
+}
+
+
+@pytest.mark.parametrize(("model", "module"), EXPECTED)
+def test_the_layout_is_proved(model: str, module: str) -> None:
+    layout = layouts(model)[module]
+    assert isinstance(layout, VideoLayout), layout
+    text, first, masked = EXPECTED[model, module]
+    assert (layout.frames, layout.height, layout.width) == (FRAMES, HEIGHT, WIDTH)
+    assert (layout.tokens, layout.first) == (VIDEO, first)
+    assert layout.describe()["text"] == text
+    assert layout.describe()["grid"] == "3 x 4 x 6"
+    assert (layout.key_mask is not None) == masked
+    if layout.key_mask is not None:
+        assert shape_of(layout.key_mask) == (1, 1, 1, VIDEO + 7)
+
+
+@pytest.mark.parametrize(("model", "module"), REFUSED)
+def test_other_attentions_of_the_models_are_refused(model: str, module: str) -> None:
+    assert str(layouts(model)[module]).startswith(REFUSED[model, module])
+
+
+@pytest.mark.parametrize(
+    ("model", "module", "symbol"),
+    [
+        ("wan", "blocks.0.attn1", "s71"),
+        ("cogvideox", "transformer_blocks.1.attn1", "s41"),
+        ("hunyuan", f"single_{BLOCK}.attn", "s71"),
+        ("mochi", "transformer_blocks.1.attn1", "s71"),
+    ],
+)
+def test_frames_may_be_dynamic(model: str, module: str, symbol: str) -> None:
+    static, layout = layouts(model)[module], layouts(model, dynamic=True)[module]
+    assert isinstance(static, VideoLayout)
+    assert isinstance(layout, VideoLayout), layout
+    assert str(layout.frames) == symbol
+    assert str(layout.tokens) == f"24*{symbol}"
+    assert (layout.height, layout.width, layout.first) == (HEIGHT, WIDTH, static.first)
+    assert layout.describe()["text"] == static.describe()["text"]
+    assert (layout.key_mask is None) == (static.key_mask is None)
+
+
+def attend(query: Tensor, key: Tensor | None = None, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Attention of tokens [B, N, 8] with two heads."""
+    q, k = (x.unflatten(2, (2, 4)).transpose(1, 2) for x in (query, query if key is None else key))
+    return nn.functional.scaled_dot_product_attention(q, k, k, mask, **options)
+
+
+class Toy(nn.Module):
+    """Patches of a video, text that is handed in, and an attention that `forward` is given."""
+
+    def __init__(self, attention: Any, order: str = "bcthw") -> None:
+        super().__init__()
+        self.embed = nn.Conv3d(4, 8, (1, 2, 2), (1, 2, 2))
+        self.to_q = nn.Linear(8, 8)
+        self.attention = attention
+        self.order = ["bcthw".index(axis) for axis in order]
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        patches = self.embed(video).permute(self.order).flatten(2).transpose(1, 2)
+        return self.attention(self.to_q(patches), self.to_q(text))
+
+
+def toy(attention: Any, *, text: int = 7, order: str = "bcthw", grid: Any = None) -> VideoLayout | Refusal:
+    """What is said of the last attention of a toy."""
+    exported = functional(Toy(attention, order), torch.randn(1, 4, 3, 8, 12), torch.randn(1, text, 8))
+    view = GraphView(exported)
+    return video_layout(view, last_site(view), grid)
+
+
+def last_site(view: GraphView) -> AttentionSite:
+    return find_attention(view).sites[-1]
+
+
+def both(video: Tensor, text: Tensor, text_first: bool = False) -> Tensor:
+    return torch.cat([text, video] if text_first else [video, text], 1)
+
+
+FOUND = {
+    "video alone": (lambda video, text: attend(video), "none", 0),
+    "text last": (lambda video, text: attend(both(video, text)), "7 last", 0),
+    "text first": (lambda video, text: attend(both(video, text, True)), "7 first", 7),
+    "text on both sides": (
+        lambda video, text: attend(torch.cat([text[:, :3], video, text[:, 3:]], 1)),
+        "7 on both sides",
+        3,
+    ),
+    "cut and joined again": (
+        lambda video, text: attend(torch.cat([both(video, text)[:, :-7], text * 2], 1).relu()),
+        "7 last",
+        0,
+    ),
+    "the frame before last, joined again": (
+        lambda video, text: attend(torch.cat([video[:, :24], video[:, 24:], text], 1)),
+        "7 last",
+        0,
+    ),
+    "turned around by a split": (
+        lambda video, text: attend(torch.cat(both(video, text).split([72, 7], 1)[::-1], 1)),
+        "7 first",
+        7,
+    ),
+    "video after an attention": (
+        lambda video, text: attend(attend(both(video, text)).transpose(1, 2).flatten(2)[:, :72] + video),
+        "none",
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_the_video_is_followed_through_joins_and_cuts(name: str) -> None:
+    attention, text, first = FOUND[name]
+    layout = toy(attention)
+    assert isinstance(layout, VideoLayout), layout
+    assert (layout.describe()["text"], layout.first, layout.tokens) == (text, first, VIDEO)
+
+
+def test_text_as_long_as_the_video_is_told_apart() -> None:
+    layout = toy(lambda video, text: attend(both(video, text, True)), text=VIDEO)
+    assert isinstance(layout, VideoLayout), layout
+    assert (layout.first, layout.text) == (VIDEO, VIDEO)
+
+
+NOT_FOUND: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "text alone": (
+        lambda video, text: attend(video)[:, :, :7] + attend(text),
+        {},
+        "no part of the sequence has 72 tokens, as the grid asks for (tokens=7, grid=3 x 4 x 6, made of=7)",
+    ),
+    "text alone, as long as the video": (
+        lambda video, text: attend(video) + attend(text),
+        {"text": VIDEO},
+        "its tokens do not come from the video's patches",
+    ),
+    "another grid": (
+        lambda video, text: attend(both(video, text)),
+        {"grid": (3, 4, 5)},
+        "no part of the sequence has 60 tokens, as the grid asks for (tokens=79, grid=3 x 4 x 5, made of=72 + 7)",
+    ),
+    "a dynamic height": (
+        lambda video, text: attend(video),
+        {"grid": (3, None, 6)},
+        "height or width of the grid is dynamic (grid=(3, None, 6))",
+    ),
+    "no grid at all": (
+        lambda video, text: attend(video),
+        {"grid": (3, 4)},
+        "the grid is not (frames, height, width) in tokens (grid=(3, 4))",
+    ),
+    "columns before rows": (
+        lambda video, text: attend(video),
+        {"order": "bctwh", "grid": (3, 4, 6)},
+        "video tokens are not in the order frame, row, column",
+    ),
+    "frames last": (
+        lambda video, text: attend(both(video, text)),
+        {"order": "bchwt", "grid": (3, 4, 6)},
+        "video tokens are not in the order frame, row, column",
+    ),
+    "keys in another order": (
+        lambda video, text: attend(both(video, text), both(video, text, True)),
+        {},
+        "queries, keys and values do not have the video at the same places",
+    ),
+    "keys that are other tokens": (
+        lambda video, text: attend(video, text),
+        {"text": VIDEO},
+        "queries and keys come from different tokens (cross attention)",
+    ),
+    "causal": (
+        lambda video, text: attend(video, is_causal=True),
+        {},
+        "the mask is not the same for all queries (mask=causal",
+    ),
+    "a band": (
+        lambda video, text: attend(video, None, torch.ones(VIDEO, VIDEO, dtype=torch.bool).tril(4)),
+        {},
+        "the mask is not the same for all queries (mask=unknown",
+    ),
+    "a mask for each head": (
+        lambda video, text: attend(video, None, (video[..., :2].transpose(1, 2) > 0)[:, :, None]),
+        {},
+        "the mask is not the same for all queries",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOUND)
+def test_near_misses_say_why(name: str) -> None:
+    attention, options, reason = NOT_FOUND[name]
+    refusal = toy(attention, **options)
+    assert isinstance(refusal, Refusal), refusal
+    assert str(refusal).startswith(reason)
+
+
+KEY_MASKS = {
+    "bool": lambda text: torch.nn.functional.pad(text.sum(-1) > 0, (VIDEO, 0), value=True)[:, None, None],
+    "expanded": lambda text: torch.nn.functional.pad(text.sum(-1) > 0, (VIDEO, 0), value=True)[:, None, None].expand(
+        -1, 2, VIDEO + 7, -1
+    ),
+    "repeated": lambda text: torch.nn.functional.pad(text.sum(-1) > 0, (VIDEO, 0), value=True)[:, None, None].repeat(
+        1, 2, VIDEO + 7, 1
+    ),
+    "added": lambda text: torch.nn.functional.pad(text.sum(-1), (VIDEO, 0))[:, None, None],
+}
+
+
+@pytest.mark.parametrize("name", KEY_MASKS)
+def test_masks_of_keys_are_facts(name: str) -> None:
+    layout = toy(lambda video, text: attend(both(video, text), None, KEY_MASKS[name](text)))
+    assert isinstance(layout, VideoLayout), layout
+    assert layout.key_mask is not None
+    assert shape_of(layout.key_mask) == (1, 1, 1, VIDEO + 7)
+    assert layout.describe()["key mask"] == layout.key_mask.name
+
+
+def test_without_patches_the_grid_is_given_and_checked() -> None:
+    class Flat(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return attend(tokens)
+
+    view = GraphView(functional(Flat(), torch.randn(1, 24, 8)))
+    site = last_site(view)
+    assert "give grid=(frames, height, width)" in str(video_layout(view, site))
+    image = video_layout(view, site, (1, 4, 6))
+    assert isinstance(image, VideoLayout)
+    assert image.describe()["grid"] == "1 x 4 x 6 (an image)"
+    unknown_frames = video_layout(view, site, (None, 2, 6))
+    assert isinstance(unknown_frames, VideoLayout)
+    assert unknown_frames.frames == 2
+    assert "a multiple of 35 tokens" in str(video_layout(view, site, (None, 5, 7)))
+
+
+def test_what_could_be_either_is_refused() -> None:
+    class Two(nn.Module):
+        def forward(self, one: Tensor, other: Tensor) -> Tensor:
+            return attend(both(one, other))
+
+    view = GraphView(functional(Two(), torch.randn(1, 24, 8), torch.randn(1, 24, 8)))
+    refusal = video_layout(view, last_site(view), (1, 4, 6))
+    assert str(refusal).startswith("several parts of the sequence could be the video")
