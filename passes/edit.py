@@ -28,7 +28,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..errors import VerificationError
-from ..patterns.graph import GraphView, aten
+from ..patterns.graph import GraphView, aten, shape_of
 from ..torch_private import FakeTensorMode, enable_python_dispatcher
 from .change import Change, positions_of, redirect
 
@@ -120,6 +120,22 @@ class Edit:
     def size(self, target: Any, *values: Any, like: Node) -> Any:
         """Arithmetic on sizes: done at once where all are numbers, inserted as a call where one is a node."""
         return self.call(target, *values, like=like) if any(isinstance(v, Node) for v in values) else target(*values)
+
+    def size_of(self, size: Any, like: Node) -> Any:
+        """A size as an operator argument: a number as it is, a symbol as a node that reads it off an earlier tensor.
+
+        Raises:
+            VerificationError: No tensor before `like` has a dimension of this size.
+        """
+        if isinstance(size, int):
+            return size
+        for node in self.graph.nodes:
+            if node is like:
+                break
+            for dim, length in enumerate(shape_of(node)):
+                if isinstance(length, torch.SymInt) and length.node.expr == size.node.expr:
+                    return self.call(aten.sym_size.int, node, dim, like=like)
+        raise VerificationError(f"no tensor before {like.name} has a dimension of {size}")
 
     def fake_value(self, node: Node) -> Any:
         """What a node's metadata should be, from its inputs' metadata."""

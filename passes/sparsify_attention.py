@@ -127,17 +127,14 @@ class GridSizes:
 
 
 def grid_sizes(site: AttentionSite, layout: VideoLayout, edit: Edit) -> GridSizes:
-    """The sizes of a layout; what is dynamic is computed in the graph from the length of the sequence."""
-    height, width = int(layout.height), int(layout.width)
-    if all(isinstance(size, int) for size in (layout.frames, layout.text, layout.first)):
-        return GridSizes(layout.frames, height, width, layout.first, layout.text)
-    length = edit.call(aten.sym_size.int, site.query, 2, like=site.node)
+    """The sizes of a layout; what is dynamic is computed in the graph."""
+    height, width = layout.height, layout.width
+    first, text = (edit.size_of(size, site.node) for size in (layout.first, layout.text))
     if isinstance(layout.frames, int):
-        text = edit.size(operator.sub, length, layout.frames * height * width, like=site.node)
-        return GridSizes(layout.frames, height, width, 0 if layout.first == 0 else text, text)
-    video = edit.size(operator.sub, length, layout.text, like=site.node)
-    frames = edit.size(operator.floordiv, video, height * width, like=site.node)
-    return GridSizes(frames, height, width, layout.first, layout.text)
+        return GridSizes(layout.frames, height, width, first, text)
+    length = edit.call(aten.sym_size.int, site.query, 2, like=site.node)
+    video = edit.size(operator.sub, length, text, like=site.node)
+    return GridSizes(edit.size(operator.floordiv, video, height * width, like=site.node), height, width, first, text)
 
 
 def order_node(
