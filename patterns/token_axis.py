@@ -1,7 +1,6 @@
 """Which dimension of a tensor counts tokens, and what each operator does along it: a table of rules, one an operator.
 
     reads(node, dim)      output token i is made of token i of these operands, whatever the other tokens are
-    pieces(node, dim)     the output's tokens are these runs of operands' tokens, one after the other (cat, slice)
     unordered(node)       operands whose tokens are summed up, so that they may be in any order: keys and values, sums
 
 A rule proves what it says from shapes and arguments; an operator without a rule is taken to depend on positions.
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .attention_forms import SDPA
-from .graph import CASTS, RESHAPES, arguments, aten, is_call, same_size
+from .graph import CASTS, RESHAPES, arguments, aten, same_size
 
 
 class Read(NamedTuple):
@@ -27,15 +26,6 @@ class Read(NamedTuple):
 
     operand: Node
     dim: int
-
-
-class Piece(NamedTuple):
-    """Tokens `start` to `start + length` of an operand; the operand is None where the tokens are padding."""
-
-    operand: Node | None
-    dim: int
-    start: Any
-    length: Any
 
 
 def reads(node: Node, dim: int) -> tuple[Read, ...] | None:
@@ -62,43 +52,6 @@ def reader_dim(node: Node, operand: Node, dim: int) -> int | None:
     """The output's dimension that counts what an operand has at `dim`; None where `reads` never names that."""
     wanted = Read(operand, dim)
     return next((d for d in range(len(sizes_of(node))) if wanted in (reads(node, d) or ())), None)
-
-
-def pieces(node: Node, dim: int) -> tuple[Piece, ...] | None:
-    """What an output's tokens are put together from, in order; None where the operator does not cut or join there."""
-    if node.op != "call_function":
-        return None
-    args = arguments(node)
-    if node.target is aten.cat.default and args["dim"] % len(sizes_of(node)) == dim:
-        parts = [part for part in args["tensors"] if len(sizes_of(part)) > dim]
-        return tuple(Piece(part, dim, 0, sizes_of(part)[dim]) for part in parts)
-    if node.target is aten.slice.Tensor and _own_dim(args["self"], args["dim"]) == dim and args["step"] == 1:
-        start, length = _number(args["start"] or 0), sizes_of(node)[dim]
-        if isinstance(start, int) and start < 0:
-            start = sizes_of(args["self"])[dim] + start
-        return (Piece(args["self"], dim, start, length),)
-    if node.target is aten.slice_scatter.default and _own_dim(args["self"], args["dim"]) == dim and args["step"] == 1:
-        start, length = _number(args["start"] or 0), sizes_of(args["src"])[dim]
-        if isinstance(start, int) and start < 0:
-            start = sizes_of(node)[dim] + start
-        end = start + length
-        parts = (
-            Piece(args["self"], dim, 0, start),
-            Piece(args["src"], dim, 0, length),
-            Piece(args["self"], dim, end, sizes_of(node)[dim] - end),
-        )
-        return tuple(part for part in parts if not same_size(part.length, 0))
-    if node.target in (aten.constant_pad_nd.default, aten.pad.default):
-        return _padded(node, args, dim)
-    if node.target is operator.getitem and isinstance(node.args[0], Node):
-        whole, index = node.args
-        if is_call(whole, *_SPLITS) and isinstance(index, int):
-            source = whole.args[0]
-            assert isinstance(source, Node)
-            lengths = [part.shape[dim] for part in whole.meta["val"]]
-            if _own_dim(source, arguments(whole)["dim"]) == dim:
-                return (Piece(source, dim, sum(lengths[:index]), lengths[index]),)
-    return None
 
 
 def unordered(node: Node) -> tuple[tuple[Read, ...], ...]:
@@ -133,16 +86,17 @@ def _first(args: dict[str, Any]) -> Node:
     return next(value for value in args.values() if isinstance(value, Node))
 
 
-def _own_dim(node: Node, dim: int) -> int:
+def _operands(args: dict[str, Any]) -> list[Node]:
+    return list(args["tensors"]) if "tensors" in args else [_first(args)]
+
+
+def own_dim(node: Node, dim: int) -> int:
+    """A dimension that an operator names, counted from the front."""
     return dim % max(len(sizes_of(node)), 1)
 
 
 def _own_dims(node: Node, dims: int | Sequence[int]) -> set[int]:
-    return {_own_dim(node, dim) for dim in ([dims] if isinstance(dims, int) else dims)}
-
-
-def _number(value: Any) -> Any:
-    return value.meta["val"] if isinstance(value, Node) else value
+    return {own_dim(node, dim) for dim in ([dims] if isinstance(dims, int) else dims)}
 
 
 def _product(sizes: Iterable[Any]) -> Any:
@@ -163,7 +117,7 @@ def _elementwise(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...]
     for value in args.values():
         if isinstance(value, list | tuple) and any(map(_is_tensor, value)):
             return None
-        if not _is_tensor(value):
+        if not (isinstance(value, Node) and _is_tensor(value)):
             continue
         own = dim - rank + len(sizes_of(value))
         if own < 0 or (same_size(sizes_of(value)[own], 1) and not same_size(length, 1)):
@@ -197,9 +151,9 @@ def _reordered(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] |
     source = _first(args)
     places = list(range(len(sizes_of(source))))
     if "dims" in args:
-        places = [_own_dim(source, place) for place in args["dims"]]
+        places = [own_dim(source, place) for place in args["dims"]]
     elif len(places) > 1:
-        first, second = (_own_dim(source, args.get(name, index)) for index, name in enumerate(("dim0", "dim1")))
+        first, second = (own_dim(source, args.get(name, index)) for index, name in enumerate(("dim0", "dim1")))
         places[first], places[second] = places[second], places[first]
     return (Read(source, places[dim]),)
 
@@ -236,8 +190,7 @@ def _added_dim(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] |
     own = args["dim"] % len(sizes_of(node))
     if dim == own:
         return None
-    operands = args["tensors"] if "tensors" in args else [_first(args)]
-    return tuple(Read(operand, dim if dim < own else dim - 1) for operand in operands)
+    return tuple(Read(operand, dim if dim < own else dim - 1) for operand in _operands(args))
 
 
 def _expanded(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
@@ -251,7 +204,7 @@ def _expanded(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | 
 
 def _beside(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
     """Operators that work along dimensions of their own, and treat what lies beside as they find it."""
-    operands = args["tensors"] if "tensors" in args else [_first(args)]
+    operands = _operands(args)
     own = args["dims"] if "dims" in args else args["dim"]
     if own is None or own == [] or dim in _own_dims(operands[0], own):
         return None
@@ -261,7 +214,7 @@ def _beside(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | No
 def _scattered(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
     """Slice_scatter and select_scatter: a source is written into a part of the first operand."""
     whole, part = args["self"], args["src"]
-    own = _own_dim(whole, args["dim"])
+    own = own_dim(whole, args["dim"])
     if dim == own:
         return None
     lower = node.target is aten.select_scatter.default and dim > own
@@ -308,25 +261,12 @@ def _attended(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | 
     return (*own, Read(mask, len(sizes_of(mask)) - 2)) if same_size(sizes_of(mask)[-2], sizes_of(node)[dim]) else None
 
 
-def _padded(node: Node, args: dict[str, Any], dim: int) -> tuple[Piece, ...] | None:
-    source = _first(args)
-    pair = 2 * (len(sizes_of(source)) - 1 - dim)
-    amounts = [_number(amount) for amount in args["pad"][pair : pair + 2]]
-    if not amounts or args.get("mode", "constant") != "constant":
-        return None
-    before, after = amounts
-    # A pad that is known to be negative cuts; one that is not known to be positive is taken as it is meant.
-    if any(isinstance(amount, int) and amount < 0 for amount in amounts):
-        return None
-    ends = [Piece(None, dim, 0, amount) for amount in (before, after)]
-    parts = (ends[0], Piece(source, dim, 0, sizes_of(source)[dim]), ends[1])
-    return tuple(part for part in parts if not same_size(part.length, 0))
-
-
 def _beside_padding(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
-    parts = _padded(node, args, dim)
-    alone = parts is None or [part.operand for part in parts] == [_first(args)]
-    return (Read(_first(args), dim),) if alone and same_size(sizes_of(_first(args))[dim], sizes_of(node)[dim]) else None
+    """Amounts are given for the last dimensions, from the last one on, before and after."""
+    place = 2 * (len(sizes_of(node)) - 1 - dim)
+    return (
+        (Read(_first(args), dim),) if all(same_size(amount, 0) for amount in args["pad"][place : place + 2]) else None
+    )
 
 
 def _part_of(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | None:
@@ -336,7 +276,7 @@ def _part_of(node: Node, args: dict[str, Any], dim: int) -> tuple[Read, ...] | N
 
 _Rule = Callable[[Node, dict[str, Any], int], tuple[Read, ...] | None]
 
-_SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
+SPLITS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
 _REDUCTIONS = frozenset(
     {
         aten.sum.dim_IntList,
@@ -376,8 +316,8 @@ _RULES: dict[Any, _Rule] = {
     aten.transpose.int: _reordered,
     aten.permute.default: _reordered,
     aten.t.default: _reordered,
-    aten.select.int: _without(lambda source, args: {_own_dim(source, args["dim"])}),
-    aten.unbind.int: _without(lambda source, args: {_own_dim(source, args["dim"])}),
+    aten.select.int: _without(lambda source, args: {own_dim(source, args["dim"])}),
+    aten.unbind.int: _without(lambda source, args: {own_dim(source, args["dim"])}),
     **dict.fromkeys((aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default), _without(_squeezed)),
     aten.view_as_complex.default: _without(lambda source, args: {len(sizes_of(source)) - 1}),
     aten.view_as_real.default: _features,
@@ -385,7 +325,7 @@ _RULES: dict[Any, _Rule] = {
     aten.stack.default: _added_dim,
     aten.expand.default: _expanded,
     aten.repeat.default: _expanded,
-    **dict.fromkeys((*_SPLITS, aten.slice.Tensor, aten.cat.default, aten.index_select.default), _beside),
+    **dict.fromkeys((*SPLITS, aten.slice.Tensor, aten.cat.default, aten.index_select.default), _beside),
     **dict.fromkeys((aten.softmax.int, aten.cumsum.default, aten.flip.default, aten.roll.default), _beside),
     **dict.fromkeys((aten.repeat_interleave.self_int, aten.glu.default), _beside),
     **dict.fromkeys((aten.slice_scatter.default, aten.select_scatter.default), _scattered),

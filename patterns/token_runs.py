@@ -2,8 +2,8 @@
 
     q ── linear ── cat(text ── norm ── x, video ── add ── reshape(conv3d))      gives      x: 7 tokens, reshape: 72
 
-Followed through everything that leaves tokens at their places (`token_axis.py`), through what cuts and joins them, and
-through attention, whose output stands for its queries.
+Followed through everything that leaves tokens at their places (`token_axis.py`), through what cuts and joins them
+(`token_pieces.py`), and through attention, whose output stands for its queries.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention_forms import SDPA
 from .graph import GraphView, arguments, is_call, is_size, same_size
-from .token_axis import ALIKE, Piece, pieces, reads, sizes_of
+from .token_axis import ALIKE, reads, sizes_of
+from .token_pieces import Piece, pieces
 
 _OUR_ATTENTION = frozenset({"graphwright.block_sparse_attention.default"})
 """Operators of ours that pass their query's tokens on, by name: patterns import no kernels."""
