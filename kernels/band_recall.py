@@ -11,7 +11,7 @@ The map is never stored: the CPU kernel holds some of its rows, the Triton kerne
 Error: the scores are sums of D products in float32, and a relative change of exp(score) by e changes a recall by at
 most e / 2; the rest are float32 sums of at most L shares that add up to 1.
 
-Source: the recall of the Adaptive Recognition Module of RainFusion (arXiv:2505.21036, section 4): the tokens are those
+Source: the recall of the Adaptive Recognition Module of RainFusion (arXiv:2505.21036): the tokens are those
 of one frame (is the head local in the frame?) or every (T - 1)-th token (is it local in time?). The sum over all
 queries is the one that its public code takes.
 """

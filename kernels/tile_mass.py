@@ -18,7 +18,7 @@ Dtypes: query and key float32, float16 or bfloat16; order int32; mass and rest f
 The CPU kernel holds the scores of one tile of queries, the Triton kernel those of one pair of tiles; memory grows with
 N. A NaN in a query or a key gives NaN in that head alone.
 
-Source: Compact Attention (arXiv:2508.12969), section 4.2: recall and cost of every mask of its family are sums over
+Source: Compact Attention (arXiv:2508.12969): recall and cost of every mask of its family are sums over
 this table, since the masks depend on the offset alone.
 """
 

@@ -17,7 +17,7 @@ Dtypes: all int32.
 
 The same few operators on every device; beside the results they hold at most ``_ENTRIES`` pairs of tiles at once.
 
-Source: Compact Attention (arXiv:2508.12969), section 4.1: frame groups with two windows each. The outer and inner form
+Source: Compact Attention (arXiv:2508.12969): frame groups with two windows each. The outer and inner form
 of the two rectangles is the one of its search (``profiles/shrink_windows.py``).
 """
 
