@@ -156,6 +156,8 @@ def choose_config(head_dim: int, item_size: int) -> Config:
     """Tiles for ``head_dim`` channels of ``item_size`` bytes, which fit sm_86 and sm_89, the least from 8.0 on.
 
     float32 takes channels in steps: its three products hold so many registers that a whole row of 64 would spill.
+    On an H100, 24 heads of 3840 bfloat16 tokens and 3 widths take 0.53 ms with 64 channels and 0.61 with 128; of 7
+    other tiles the best took 0.46 and 0.57. scaled_dot_product_attention of these tokens takes 0.24 and 0.33.
     """
     channels = 1 << (max(head_dim, 16) - 1).bit_length()
     if item_size > 2:

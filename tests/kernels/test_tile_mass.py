@@ -163,7 +163,7 @@ def test_counts_and_order_are_what_brute_force_finds(grid, tile, stride, text):
 
 
 def test_order_refuses_a_first_token_that_cannot_be():
-    with pytest.raises(InvalidArgument, match="got first=3, expected 0 to 2"):
+    with pytest.raises(InvalidArgument, match="2 text tokens, 3 of them first"):
         tile_order(2, 2, 2, (1, 1, 1), 2, 3)
 
 
