@@ -37,7 +37,9 @@ class Recorded:
     outputs: list[Tensor | None] = field(default_factory=list)
 
 
-def denoiser_inputs(program: Program, items: Iterable[Any], steps: Mapping[str, StepRange], bar: Progress) -> Recorded:
+def denoiser_inputs(
+    program: Program, items: Iterable[Any], steps: Mapping[str, StepRange], bar: Progress, most: int
+) -> Recorded:
     """Inputs for each phase of a captured denoiser.
 
     Args:
@@ -46,6 +48,7 @@ def denoiser_inputs(program: Program, items: Iterable[Any], steps: Mapping[str, 
             none falls into is given those of all others.
         steps: Phase -> its denoising steps.
         bar: Where progress is shown.
+        most: At most this many inputs a phase.
 
     Raises:
         InvalidType: An item is neither.
@@ -67,9 +70,11 @@ def denoiser_inputs(program: Program, items: Iterable[Any], steps: Mapping[str, 
                     f"calibration item {number}: expected (args, kwargs) or a callable that samples with the denoiser"
                     f" that it is given, got {type(item).__name__}"
                 )
+    for inputs in recorded.inputs.values():
+        del inputs[most:]
     known = [flat for inputs in recorded.inputs.values() for flat in inputs]
     for inputs in recorded.inputs.values():
-        inputs += () if inputs else known
+        inputs += () if inputs else known[:most]
     return recorded
 
 

@@ -37,6 +37,8 @@ from .report import Inspection
 TARGETS = ("eager",)
 PROBE_TOKENS = 64
 """Tokens of a text on which single sites are probed: enough to rank them, and short."""
+MOST_ITEMS = 8
+"""Calibration items that are used; of a denoiser's, so many a phase."""
 Keep = Literal["faster", "smaller"]
 
 
@@ -96,15 +98,20 @@ def optimize(
         if profile is not None:
             with bar.stage("replay"):
                 return _replay(prepared, profile, found)
-        items = None if calibration is None else list(islice(calibration, 8))
+        most = None if captured.kind == "denoiser" else MOST_ITEMS
+        items = None if calibration is None else list(islice(calibration, most))
         recorded = Recorded()
         if captured.kind == "denoiser" and items is not None:
-            recorded = denoiser_inputs(build(prepared, Profile(fingerprint=found)), items, prepared.steps, bar)
+            recorded = denoiser_inputs(
+                build(prepared, Profile(fingerprint=found)), items, prepared.steps, bar, MOST_ITEMS
+            )
             inputs = recorded.inputs
         else:
             inputs = calibration_inputs(prepared.exported, captured.kind, captured.facts, items)
         context = Context(prepared.exported, prepared.sites, inputs, captured.facts, prepared.steps, bar)
+        started = time.perf_counter()
         decisions = [decision for method in chosen for decision in method.decide(context)]
+        prepared.measured["decide_seconds"] = time.perf_counter() - started
         _refuse_conflicts(decisions)
         result = Profile(
             fingerprint=found,

@@ -14,6 +14,7 @@ large as a mask of all tile pairs for each layer and range of steps.
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ class KeepWindows(SparsifyAttention):
         def stored(values: object) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
-        windows = edit.buffer(f"{site.id}.windows", lambda: stored(self.windows))
+        digest = hashlib.sha256(repr(self.windows).encode()).hexdigest()[:12]
+        windows = edit.buffer(f"windows.{digest}", lambda: stored(self.windows))
         groups = edit.buffer("time_groups." + "_".join(map(str, self.groups)), lambda: stored(self.groups))
         tiles = [
             edit.size(operator.floordiv, edit.size(operator.add, size, part - 1, like=site.node), part, like=site.node)
