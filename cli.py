@@ -97,14 +97,17 @@ def diff(program: Saved, phase: Annotated[str, typer.Option(help="Which phase; t
 
 @app.command()
 def bench(
-    which: Annotated[str, typer.Argument(help="Which table; 'spine' measures SmolLM2 and the int8 linear.")] = "spine",
+    which: Annotated[
+        str, typer.Argument(help="'spine': SmolLM2 and the int8 linear; 'video': sparse attention of a small Wan.")
+    ] = "spine",
     as_json: AsJson = False,
-    quick: Annotated[bool, typer.Option(help="Fewer repeats and shorter texts; figures are rougher.")] = False,
+    quick: Annotated[bool, typer.Option(help="Fewer repeats and smaller inputs; figures are rougher.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures of 'video'.")] = Path("."),
 ) -> None:
     """Measure the figures of benchmarks/README.md anew: one thread, A and B in turn, minima."""
     from .benchmarks.run import run_table
 
-    run_table(which, as_json=as_json, quick=quick, console=_console)
+    run_table(which, as_json=as_json, quick=quick, output=output, console=_console)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,11 @@ class ProgramModule(nn.Module):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Call the program."""
         return self.program(*args, **kwargs)
+
+    @contextmanager
+    def cache_context(self, name: str, **options: Any) -> Iterator[None]:
+        """What diffusers' pipelines enter around each guidance branch; a program has no caches of that kind."""
+        yield
 
 
 class _Config(dict[str, Any]):

@@ -58,16 +58,17 @@ def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
 
 
 def compare(reference: Tensor, other: Tensor) -> dict[str, float]:
-    """PSNR, and SSIM where it applies and scikit-image is there, of anything that a sampler returned.
+    """PSNR, and SSIM of pixels where scikit-image is there, of anything that a sampler returned.
 
-    The peak is 1 for values in [0, 1], else the range of the reference.
+    Values in [0, 1] are pixels [..., C, H, W] with a peak of 1; of others, latents, the peak is their range.
     """
     reference, other = reference.detach().float().cpu(), other.detach().float().cpu()
     low, high = float(reference.min()), float(reference.max())
-    peak = 1.0 if low >= 0 and high <= 1 else max(high - low, torch.finfo(torch.float32).tiny)
-    found = {"psnr": psnr(reference, other, peak)}
-    with suppress(InvalidArgument, MissingExtra):
-        found["ssim"] = ssim(reference, other, peak)
+    pixels = low >= 0 and high <= 1 and reference.dim() >= 4
+    found = {"psnr": psnr(reference, other, 1.0 if pixels else max(high - low, torch.finfo(torch.float32).tiny))}
+    if pixels:
+        with suppress(InvalidArgument, MissingExtra):
+            found["ssim"] = ssim(*(video.reshape(-1, *video.shape[-3:]) for video in (reference, other)))
     return found
 
 

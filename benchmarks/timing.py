@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+Row = tuple[str, str, str, bool]
+"""A line of a table: what, measured, wanted, whether it holds."""
+
 
 def interleaved(candidates: Mapping[str, Callable[[], Any]], rounds: int = 5, warmup: int = 1) -> dict[str, float]:
     """Time each candidate once a round, in turn.

@@ -168,21 +168,21 @@ def _band_density(setting: Setting, sparsity: float) -> float:
     return density(counts[:1], rest // 64, setting.tokens, setting.tokens, 64)
 
 
-def equal_density(setting: Setting, dense_steps: float, recall: float = 0.9) -> dict[str, Any]:
+def equal_density(setting: Setting, dense_steps: float, **options: Any) -> dict[str, Any]:
     """Compact Attention, RainFusion and random blocks at the density that Compact Attention finds."""
-    compact = quality(setting, gw.CompactAttention(dense_steps=dense_steps, recall=recall))
+    compact = quality(setting, gw.CompactAttention(dense_steps=dense_steps, **options))
     wanted = compact["density"]
     rainfusion = quality(setting, gw.RainFusion(dense_steps=dense_steps, sparsity=sparsity_for(setting, wanted)))
     chance = quality(setting, RandomBlocks(dense_steps=dense_steps, density=wanted))
     return {"Compact Attention": compact, "RainFusion": rainfusion, "random blocks": chance}
 
 
-def families(setting: Setting, dense_steps: float) -> dict[str, dict[str, float]]:
+def families(setting: Setting, dense_steps: float, cost: float) -> dict[str, dict[str, float]]:
     """Mean sparsity by window family, and by class of head as the richest family sees it."""
     found: dict[str, list[float]] = {}
     shapes: list[str] = []
     for family in ("cubic", "grouped", "dual"):
-        program = setting.optimize(gw.CompactAttention(dense_steps=dense_steps, family=family))
+        program = setting.optimize(gw.CompactAttention(dense_steps=dense_steps, cost=cost, family=family))
         sites = [d for d in program.decisions if "sparsity" in d.figures]
         found[family] = [value for d in sites for value in d.figures["sparsity"]]
         shapes = [shape for d in sites for shape in d.figures["shape"]]

@@ -173,7 +173,9 @@ def data_hash(inputs: Iterable[list[Any]]) -> str:
             count += 1
             if isinstance(value, Tensor):
                 digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
-                digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+                # A copy: one value that was expanded counts as contiguous and has a stride of 0.
+                flat = value.detach().cpu().flatten().clone(memory_format=torch.contiguous_format)
+                digest.update(flat.view(torch.uint8).numpy().tobytes())
             else:
                 digest.update(repr(value).encode())
     return digest.hexdigest() if count else ""

@@ -176,7 +176,7 @@ WRONG = {
     ),
     "unknown site": (("report", "{folder}/mlp.gw", "--site", "main/fc3/linear[0]"), "near it"),
     "unknown phase": (("diff", "{folder}/mlp.gw", "--phase", "encode"), "no phase 'encode'"),
-    "unknown table": (("bench", "moon"), "unknown table 'moon'; there is spine"),
+    "unknown table": (("bench", "moon"), "unknown table 'moon'; there are spine, video"),
 }
 
 

@@ -145,7 +145,7 @@ def test_an_interrupted_search_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert list((tmp_path / "search").glob("*.safetensors"))
     first = len(counted)
     resumed = run()
-    # Two sites in two phases, one of which has two calls: six gatherings in all, of which finished runs are not repeated.
+    # Two sites in two phases, one of which has two calls: six gatherings, of which finished runs are not repeated.
     assert len(counted) - first < 6
     monkeypatch.undo()
     fresh = gw.optimize(
