@@ -229,7 +229,7 @@ def test_optimize_stays_the_function(first) -> None:
     code = f"""
 {first}
 import graphwright, graphwright.optimize, graphwright.capture
-from graphwright.optimize import prepare
+from graphwright.prepare import prepare
 assert callable(graphwright.optimize) and callable(graphwright.capture)
 assert graphwright.optimize.__module__ == "graphwright.optimize"
 """
