@@ -2,6 +2,7 @@
 
     reads(node, dim)      output token i is made of token i of these operands, whatever the other tokens are
     unordered(node)       operands whose tokens are summed up, so that they may be in any order: keys and values, sums
+    values_read(...)      how often an operand's values count, and not only its sizes and dtype
 
 A rule proves what it says from shapes and arguments; an operator without a rule is taken to depend on positions.
 """
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..torch_private import pytree
 from .attention_forms import SDPA
-from .graph import CASTS, RESHAPES, arguments, aten, same_size
+from .graph import CASTS, RESHAPES, arguments, aten, is_size, same_size
 
 
 class Read(NamedTuple):
@@ -69,6 +71,15 @@ def unordered(node: Node) -> tuple[tuple[Read, ...], ...]:
         source = _first(args)
         return tuple((Read(source, dim),) for dim in _own_dims(source, args["dim"]))
     return ()
+
+
+def values_read(node: Node, operand: Node) -> int:
+    """As how many of its arguments a call reads the values of an operand, and not only its sizes and dtype."""
+    found = [argument for argument in pytree.tree_leaves((node.args, dict(node.kwargs))) if argument is operand]
+    if node.target in ALIKE or is_size(node):
+        return 0
+    # type_as, view_as and the like: the second argument says what the first one is to become.
+    return len(found) - (node.target in _AS_ANOTHER and node.args[1] is operand)
 
 
 # ---- shapes and arguments
@@ -304,6 +315,8 @@ ALIKE = frozenset(
     }
 )
 """Operators whose output has the same value, or none that counts, at all places."""
+
+_AS_ANOTHER = frozenset({aten.type_as.default, aten.expand_as.default, aten.view_as.default, aten.reshape_as.default})
 
 _RULES: dict[Any, _Rule] = {
     **dict.fromkeys(ALIKE, _alike),

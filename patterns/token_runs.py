@@ -20,7 +20,9 @@ from .graph import GraphView, arguments, is_call, is_size, same_size
 from .token_axis import ALIKE, reads, sizes_of
 from .token_pieces import Piece, pieces
 
-_OUR_ATTENTION = frozenset({"graphwright.block_sparse_attention.default"})
+_OUR_ATTENTION = frozenset(
+    {"graphwright.block_sparse_attention.default", "graphwright.block_sparse_attention_lse.default"}
+)
 """Operators of ours that pass their query's tokens on, by name: patterns import no kernels."""
 
 
