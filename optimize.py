@@ -103,7 +103,7 @@ def optimize(
         recorded = Recorded()
         if captured.kind == "denoiser" and items is not None:
             recorded = denoiser_inputs(
-                build(prepared, Profile(fingerprint=found)), items, prepared.steps, bar, MOST_ITEMS
+                build(prepared, Profile(fingerprint=found, data="")), items, prepared.steps, bar, MOST_ITEMS
             )
             inputs = recorded.inputs
         else:

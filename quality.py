@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,11 +51,11 @@ def ssim(a: Tensor, b: Tensor, peak: float = 1.0) -> float:
         from skimage.metrics import structural_similarity
     except ImportError as error:
         raise MissingExtra("scikit-image is not installed: pip install 'graphwright[demo]'") from error
-    frames = [
-        structural_similarity(x.numpy(), y.numpy(), channel_axis=0, data_range=peak)
-        for x, y in zip(a.double().cpu(), b.double().cpu(), strict=True)
-    ]
-    return float(sum(frames) / len(frames))
+    total = 0.0
+    for x, y in zip(a.double().cpu(), b.double().cpu(), strict=True):
+        found: Any = structural_similarity(x.numpy(), y.numpy(), channel_axis=0, data_range=peak)
+        total += float(found)
+    return total / len(a)
 
 
 def compare(reference: Tensor, other: Tensor) -> dict[str, float]:
@@ -68,7 +69,8 @@ def compare(reference: Tensor, other: Tensor) -> dict[str, float]:
     found = {"psnr": psnr(reference, other, 1.0 if pixels else max(high - low, torch.finfo(torch.float32).tiny))}
     if pixels:
         with suppress(InvalidArgument, MissingExtra):
-            found["ssim"] = ssim(*(video.reshape(-1, *video.shape[-3:]) for video in (reference, other)))
+            frames = (-1, *reference.shape[-3:])
+            found["ssim"] = ssim(reference.reshape(frames), other.reshape(frames))
     return found
 
 

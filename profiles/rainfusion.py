@@ -11,6 +11,7 @@ When it pays: long sequences (tens of thousands of tokens on a GPU, thousands on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -94,10 +95,10 @@ class RainFusion(VideoMethod):
         if tokens is None or not isinstance(layout.frames, int):
             return "version 2 needs a static length: the number of kept blocks is a size of the graph"
         options = self._options(place) | {"sparsity": self.wanted}
-        block = options["block_size"]
+        block = self.block_of(tokens)
         size = (layout.frames - 1) * layout.height * layout.width // block
         if size < _LEAST_BLOCKS:
             return f"{size} blocks of {block} after the first frame, version 2 starts at {_LEAST_BLOCKS}"
-        kept = -int(-size * (1 - self.wanted) // 1)
+        kept = math.ceil(size * (1 - self.wanted))
         counts = torch.full((1, size), kept, dtype=torch.int32)
         return Proposal("keep_top_blocks", options, density(counts, size, tokens, tokens, block))
