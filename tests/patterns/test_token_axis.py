@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from graphwright.kernels import int8_linear  # noqa: F401 (registers the operator)
 from graphwright.patterns.graph import GraphView, is_call, shape_of
 from graphwright.patterns.token_axis import ALIKE, Read, reader_dim, reads, sizes_of, unordered
 from graphwright.patterns.token_pieces import Piece, pieces
@@ -146,6 +147,15 @@ def test_tokenwise_operators_name_what_they_read(name: str) -> None:
     holds(node, dim)
     for read in found:
         assert reader_dim(node, read.operand, read.dim) == dim
+
+
+def test_our_linear_is_tokenwise() -> None:
+    """Activations are quantized for each token by itself."""
+    weight, scale = torch.randint(-9, 9, (3, 6), dtype=torch.int8), torch.rand(3)
+    node = last_call(lambda x, w, s: torch.ops.graphwright.int8_linear(x, w, s, None), X, weight, scale)
+    assert reads(node, 1) == (Read(node.all_input_nodes[0], 1),)
+    assert reads(node, 2) is None
+    holds(node, 1)
 
 
 @pytest.mark.parametrize("name", MIXED)

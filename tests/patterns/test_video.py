@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -93,29 +94,44 @@ def attend(query: Tensor, key: Tensor | None = None, mask: Tensor | None = None,
 
 
 class Toy(nn.Module):
-    """Patches of a video, text that is handed in, and an attention that `forward` is given."""
+    """Patches of a video, text that is handed in, and what attends to them, many in one program."""
 
-    def __init__(self, attention: Any, order: str = "bcthw") -> None:
+    def __init__(self, attentions: list[Any], order: str) -> None:
         super().__init__()
         self.embed = nn.Conv3d(4, 8, (1, 2, 2), (1, 2, 2))
         self.to_q = nn.Linear(8, 8)
-        self.attention = attention
+        self.attentions = attentions
         self.order = ["bcthw".index(axis) for axis in order]
 
-    def forward(self, video: Tensor, text: Tensor) -> Tensor:
-        patches = self.embed(video).permute(self.order).flatten(2).transpose(1, 2)
-        return self.attention(self.to_q(patches), self.to_q(text))
+    def forward(self, video: Tensor, text: Tensor) -> list[Tensor]:
+        tokens = self.to_q(self.embed(video).permute(self.order).flatten(2).transpose(1, 2)), self.to_q(text)
+        return [attention(*tokens) for attention in self.attentions]
 
 
-def toy(attention: Any, *, text: int = 7, order: str = "bcthw", grid: Any = None) -> VideoLayout | Refusal:
-    """What is said of the last attention of a toy."""
-    exported = functional(Toy(attention, order), torch.randn(1, 4, 3, 8, 12), torch.randn(1, text, 8))
-    view = GraphView(exported)
-    return video_layout(view, last_site(view), grid)
+@cache
+def toys(text: int, order: str) -> dict[str, tuple[GraphView, AttentionSite]]:
+    """The attention of each case with so much text and such an order of axes."""
+    cases = {name: case for name, case in CASES.items() if (case.text, case.order) == (text, order)}
+    model = Toy([case.attention for case in cases.values()], order)
+    view = GraphView(functional(model, torch.randn(1, 4, 3, 8, 12), torch.randn(1, text, 8)))
+    sites = {site.node: site for site in find_attention(view).sites}
+    outputs = view.graph.output_node().all_input_nodes
+    return {name: (view, sites[node]) for name, node in zip(cases, outputs, strict=True)}
 
 
-def last_site(view: GraphView) -> AttentionSite:
-    return find_attention(view).sites[-1]
+@dataclass(frozen=True)
+class Case:
+    """An attention over video and text; what is said of its text and first video token, or why it is refused."""
+
+    attention: Any
+    says: str
+    first: int = 0
+    text: int = 7
+    order: str = "bcthw"
+    grid: Any = None
+
+    def layout(self, name: str) -> VideoLayout | Refusal:
+        return video_layout(*toys(self.text, self.order)[name], self.grid)
 
 
 def both(video: Tensor, text: Tensor, text_first: bool = False) -> Tensor:
@@ -123,138 +139,118 @@ def both(video: Tensor, text: Tensor, text_first: bool = False) -> Tensor:
 
 
 FOUND = {
-    "video alone": (lambda video, text: attend(video), "none", 0),
-    "text last": (lambda video, text: attend(both(video, text)), "7 last", 0),
-    "text first": (lambda video, text: attend(both(video, text, True)), "7 first", 7),
-    "text on both sides": (
-        lambda video, text: attend(torch.cat([text[:, :3], video, text[:, 3:]], 1)),
-        "7 on both sides",
-        3,
+    "video alone": Case(lambda video, text: attend(video), "none"),
+    "text last": Case(lambda video, text: attend(both(video, text)), "7 last"),
+    "text first": Case(lambda video, text: attend(both(video, text, True)), "7 first", first=7),
+    "text on both sides": Case(
+        lambda video, text: attend(torch.cat([text[:, :3], video, text[:, 3:]], 1)), "7 on both sides", first=3
     ),
-    "cut and joined again": (
-        lambda video, text: attend(torch.cat([both(video, text)[:, :-7], text * 2], 1).relu()),
-        "7 last",
-        0,
+    "cut and joined again": Case(
+        lambda video, text: attend(torch.cat([both(video, text)[:, :-7], text * 2], 1).relu()), "7 last"
     ),
-    "the frame before last, joined again": (
-        lambda video, text: attend(torch.cat([video[:, :24], video[:, 24:], text], 1)),
-        "7 last",
-        0,
+    "frames cut off and joined again": Case(
+        lambda video, text: attend(torch.cat([video[:, :24], video[:, 24:], text], 1)), "7 last"
     ),
-    "turned around by a split": (
-        lambda video, text: attend(torch.cat(both(video, text).split([72, 7], 1)[::-1], 1)),
-        "7 first",
-        7,
+    "turned around by a split": Case(
+        lambda video, text: attend(torch.cat(both(video, text).split([72, 7], 1)[::-1], 1)), "7 first", first=7
     ),
-    "video after an attention": (
-        lambda video, text: attend(attend(both(video, text)).transpose(1, 2).flatten(2)[:, :72] + video),
-        "none",
-        0,
+    "video after an attention": Case(
+        lambda video, text: attend(attend(both(video, text)).transpose(1, 2).flatten(2)[:, :72] + video), "none"
+    ),
+    "text as long as the video": Case(
+        lambda video, text: attend(both(video, text, True)), f"{VIDEO} first", first=VIDEO, text=VIDEO
+    ),
+}
+
+NOT_FOUND = {
+    "text alone": Case(
+        lambda video, text: attend(text),
+        "no part of the sequence has 72 tokens, as the grid asks for (tokens=7, grid=3 x 4 x 6, made of=7)",
+    ),
+    "text alone, as long as the video": Case(
+        lambda video, text: attend(text), "its tokens do not come from the video's patches", text=VIDEO
+    ),
+    "another grid": Case(
+        lambda video, text: attend(both(video, text)),
+        "no part of the sequence has 60 tokens, as the grid asks for (tokens=79, grid=3 x 4 x 5, made of=72 + 7)",
+        grid=(3, 4, 5),
+    ),
+    "a dynamic height": Case(
+        lambda video, text: attend(video),
+        "height or width of the grid is dynamic (grid=(3, None, 6))",
+        grid=(3, None, 6),
+    ),
+    "no grid at all": Case(
+        lambda video, text: attend(video),
+        "the grid is not (frames, height, width) in tokens (grid=(3, 4))",
+        grid=(3, 4),
+    ),
+    "columns before rows": Case(
+        lambda video, text: attend(video), "video tokens are not in the order frame, row, column", order="bctwh"
+    ),
+    "frames last": Case(
+        lambda video, text: attend(both(video, text)),
+        "video tokens are not in the order frame, row, column",
+        order="bchwt",
+    ),
+    "keys in another order": Case(
+        lambda video, text: attend(both(video, text), both(video, text, True)),
+        "queries, keys and values do not have the video at the same places",
+    ),
+    "keys that are other tokens": Case(
+        lambda video, text: attend(video, text),
+        "queries and keys come from different tokens (cross attention)",
+        text=VIDEO,
+    ),
+    "causal": Case(
+        lambda video, text: attend(video, is_causal=True), "the mask is not the same for all queries (mask=causal"
+    ),
+    "a band": Case(
+        lambda video, text: attend(video, None, torch.ones(VIDEO, VIDEO, dtype=torch.bool).tril(4)),
+        "the mask is not the same for all queries (mask=unknown",
+    ),
+    "a mask for each head": Case(
+        lambda video, text: attend(video, None, (video[..., :2].transpose(1, 2) > 0)[:, :, None]),
+        "the mask is not the same for all queries",
     ),
 }
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_the_video_is_followed_through_joins_and_cuts(name: str) -> None:
-    attention, text, first = FOUND[name]
-    layout = toy(attention)
+    case = FOUND[name]
+    layout = case.layout(name)
     assert isinstance(layout, VideoLayout), layout
-    assert (layout.describe()["text"], layout.first, layout.tokens) == (text, first, VIDEO)
-
-
-def test_text_as_long_as_the_video_is_told_apart() -> None:
-    layout = toy(lambda video, text: attend(both(video, text, True)), text=VIDEO)
-    assert isinstance(layout, VideoLayout), layout
-    assert (layout.first, layout.text) == (VIDEO, VIDEO)
-
-
-NOT_FOUND: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "text alone": (
-        lambda video, text: attend(video)[:, :, :7] + attend(text),
-        {},
-        "no part of the sequence has 72 tokens, as the grid asks for (tokens=7, grid=3 x 4 x 6, made of=7)",
-    ),
-    "text alone, as long as the video": (
-        lambda video, text: attend(video) + attend(text),
-        {"text": VIDEO},
-        "its tokens do not come from the video's patches",
-    ),
-    "another grid": (
-        lambda video, text: attend(both(video, text)),
-        {"grid": (3, 4, 5)},
-        "no part of the sequence has 60 tokens, as the grid asks for (tokens=79, grid=3 x 4 x 5, made of=72 + 7)",
-    ),
-    "a dynamic height": (
-        lambda video, text: attend(video),
-        {"grid": (3, None, 6)},
-        "height or width of the grid is dynamic (grid=(3, None, 6))",
-    ),
-    "no grid at all": (
-        lambda video, text: attend(video),
-        {"grid": (3, 4)},
-        "the grid is not (frames, height, width) in tokens (grid=(3, 4))",
-    ),
-    "columns before rows": (
-        lambda video, text: attend(video),
-        {"order": "bctwh", "grid": (3, 4, 6)},
-        "video tokens are not in the order frame, row, column",
-    ),
-    "frames last": (
-        lambda video, text: attend(both(video, text)),
-        {"order": "bchwt", "grid": (3, 4, 6)},
-        "video tokens are not in the order frame, row, column",
-    ),
-    "keys in another order": (
-        lambda video, text: attend(both(video, text), both(video, text, True)),
-        {},
-        "queries, keys and values do not have the video at the same places",
-    ),
-    "keys that are other tokens": (
-        lambda video, text: attend(video, text),
-        {"text": VIDEO},
-        "queries and keys come from different tokens (cross attention)",
-    ),
-    "causal": (
-        lambda video, text: attend(video, is_causal=True),
-        {},
-        "the mask is not the same for all queries (mask=causal",
-    ),
-    "a band": (
-        lambda video, text: attend(video, None, torch.ones(VIDEO, VIDEO, dtype=torch.bool).tril(4)),
-        {},
-        "the mask is not the same for all queries (mask=unknown",
-    ),
-    "a mask for each head": (
-        lambda video, text: attend(video, None, (video[..., :2].transpose(1, 2) > 0)[:, :, None]),
-        {},
-        "the mask is not the same for all queries",
-    ),
-}
+    assert (layout.describe()["text"], layout.first, layout.tokens) == (case.says, case.first, VIDEO)
 
 
 @pytest.mark.parametrize("name", NOT_FOUND)
 def test_near_misses_say_why(name: str) -> None:
-    attention, options, reason = NOT_FOUND[name]
-    refusal = toy(attention, **options)
+    refusal = NOT_FOUND[name].layout(name)
     assert isinstance(refusal, Refusal), refusal
-    assert str(refusal).startswith(reason)
+    assert str(refusal).startswith(NOT_FOUND[name].says)
+
+
+def key_mask(text: Tensor) -> Tensor:
+    return nn.functional.pad(text.sum(-1) > 0, (VIDEO, 0), value=True)[:, None, None]
 
 
 KEY_MASKS = {
-    "bool": lambda text: torch.nn.functional.pad(text.sum(-1) > 0, (VIDEO, 0), value=True)[:, None, None],
-    "expanded": lambda text: torch.nn.functional.pad(text.sum(-1) > 0, (VIDEO, 0), value=True)[:, None, None].expand(
-        -1, 2, VIDEO + 7, -1
-    ),
-    "repeated": lambda text: torch.nn.functional.pad(text.sum(-1) > 0, (VIDEO, 0), value=True)[:, None, None].repeat(
-        1, 2, VIDEO + 7, 1
-    ),
-    "added": lambda text: torch.nn.functional.pad(text.sum(-1), (VIDEO, 0))[:, None, None],
+    "bool": lambda text: key_mask(text),
+    "expanded": lambda text: key_mask(text).expand(-1, 2, VIDEO + 7, -1),
+    "repeated": lambda text: key_mask(text).repeat(1, 2, VIDEO + 7, 1),
+    "added": lambda text: nn.functional.pad(text.sum(-1), (VIDEO, 0))[:, None, None],
 }
+MASKED = {
+    name: Case(lambda video, text, mask=mask: attend(both(video, text), None, mask(text)), "7 last")
+    for name, mask in KEY_MASKS.items()
+}
+CASES = FOUND | NOT_FOUND | MASKED
 
 
-@pytest.mark.parametrize("name", KEY_MASKS)
+@pytest.mark.parametrize("name", MASKED)
 def test_masks_of_keys_are_facts(name: str) -> None:
-    layout = toy(lambda video, text: attend(both(video, text), None, KEY_MASKS[name](text)))
+    layout = MASKED[name].layout(name)
     assert isinstance(layout, VideoLayout), layout
     assert layout.key_mask is not None
     assert shape_of(layout.key_mask) == (1, 1, 1, VIDEO + 7)
@@ -267,7 +263,7 @@ def test_without_patches_the_grid_is_given_and_checked() -> None:
             return attend(tokens)
 
     view = GraphView(functional(Flat(), torch.randn(1, 24, 8)))
-    site = last_site(view)
+    (site,) = find_attention(view).sites
     assert "give grid=(frames, height, width)" in str(video_layout(view, site))
     image = video_layout(view, site, (1, 4, 6))
     assert isinstance(image, VideoLayout)
@@ -284,5 +280,5 @@ def test_what_could_be_either_is_refused() -> None:
             return attend(both(one, other))
 
     view = GraphView(functional(Two(), torch.randn(1, 24, 8), torch.randn(1, 24, 8)))
-    refusal = video_layout(view, last_site(view), (1, 4, 6))
+    refusal = video_layout(view, find_attention(view).sites[0], (1, 4, 6))
     assert str(refusal).startswith("several parts of the sequence could be the video")
