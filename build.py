@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .passes.edit import copy_exported
+from .passes.hoist_order import HoistOrder
+from .passes.manager import PassManager
 from .passes.rewrite import apply_decisions
 from .patterns.text import graph_text
 from .phases import Phase, state_of
@@ -10,18 +12,22 @@ from .prepare import Prepared
 from .profiles.profile import Profile
 from .program import History, Program
 
+FINISHERS = (HoistOrder(),)
+"""Exact passes over rewritten graphs, in order."""
 
-def build(prepared: Prepared, profile: Profile) -> Program:
+
+def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Program:
     """Apply a profile's decisions to copies of the canonical phases.
 
     Args:
         prepared: The canonical phases; not changed.
         profile: Decisions with status "proposed" or "kept" are applied.
+        final: Also run the exact passes that make a rewritten graph quicker; programs of a search do without.
 
     Returns:
         A program with state of its own. Its decisions say what became of them: a rewrite that raised is "failed".
     """
-    phases, before = [], {}
+    phases, before, records = [], {}, list(prepared.records)
     state = {name: tensor.clone() for phase in prepared.phases for name, tensor in state_of(phase.exported).items()}
     status: dict[str, tuple[str, str]] = {}
     for phase in prepared.phases:
@@ -29,6 +35,8 @@ def build(prepared: Prepared, profile: Profile) -> Program:
         before[phase.name] = graph_text(exported)
         rewriting = apply_decisions(exported, phase.name, profile.decisions, prepared.shared)
         rewriting.commit()
+        if final:
+            records += PassManager(FINISHERS).run(exported, phase.name, prepared.shared)
         status |= dict.fromkeys(rewriting.changes, ("kept", ""))
         status |= {site: ("failed", reason) for site, reason in rewriting.failed.items()}
         for name in state_of(exported):
@@ -41,7 +49,7 @@ def build(prepared: Prepared, profile: Profile) -> Program:
         for decision in profile.decisions
     ]
     captured = prepared.captured
-    history = History(prepared.records, _refusals(prepared), before, dict(prepared.measured))
+    history = History(records, _refusals(prepared), before, dict(prepared.measured))
     final = profile.model_copy(update={"decisions": decisions})
     return Program(phases, captured.inputs, captured.kind, captured.facts, final, history)
 

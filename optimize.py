@@ -133,7 +133,7 @@ def optimize(
                     )
                 hold_budget(prepared, result, inputs, short, budget, bar)
         with bar.stage("rewrite"):
-            program = build(prepared, result)
+            program = build(prepared, result, final=True)
         _measure_attention(program, inputs, bar)
         compare_outputs(program, recorded, bar)
         return program
@@ -200,7 +200,7 @@ def _replay(prepared: Prepared, profile: Profile, found: Any) -> Program:
     for decision in profile.decisions:
         if decision.site not in known:
             raise InvalidArgument(f"the profile decides about {decision.site}, which this program does not have")
-    return build(prepared, profile)
+    return build(prepared, profile, final=True)
 
 
 def _refuse_conflicts(decisions: Sequence[Decision]) -> None:

@@ -34,12 +34,12 @@ def attention_parts(program: Program) -> list[RenderableType]:
 
 def _table(decisions: Sequence[Decision]) -> Table:
     heads = max(len(d.figures["recall"]) for d in decisions)
-    table = Table(title="sparse attention: density / recall of each head", title_justify="left")
+    table = Table(title="sparse attention: density/recall of each head", title_justify="left")
     table.add_column("phase")
-    table.add_column("attention", overflow="fold")
+    table.add_column("attention", overflow="fold", min_width=20)
     columns = [f"head {head}" for head in range(heads)] if heads <= _MOST_HEADS else ["mean", "least", "most"]
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     typed = any("type" in d.figures or "shape" in d.figures for d in decisions)
     if typed:
         table.add_column("types")
@@ -54,12 +54,13 @@ def _table(decisions: Sequence[Decision]) -> Table:
 def _cells(figures: dict[str, Any], heads: int) -> list[str]:
     density, recall = figures["density"], figures["recall"]
     if heads <= _MOST_HEADS:
-        return [f"{d:.2f} / {r:.3f}" for d, r in zip(density, recall, strict=True)]
+        return [f"{d:.2f}/{r:.3f}" for d, r in zip(density, recall, strict=True)]
     pairs = [(sum(density) / len(density), sum(recall) / len(recall))]
     pairs += [(min(density), min(recall)), (max(density), max(recall))]
-    return [f"{d:.2f} / {r:.3f}" for d, r in pairs]
+    return [f"{d:.2f}/{r:.3f}" for d, r in pairs]
 
 
 def _types(figures: dict[str, Any]) -> str:
-    counted = Counter(figures.get("type") or figures.get("shape") or ())
+    # Shapes say behind a comma whether they vary in time; `explain` shows that, a table has no room for it.
+    counted = Counter(name.partition(",")[0] for name in figures.get("type") or figures.get("shape") or ())
     return ", ".join(f"{count} {name}" for name, count in counted.most_common())

@@ -89,7 +89,7 @@ def _compare(
     programs: dict[str, gw.Program], run: Callable[[gw.Program], Tensor], console: Console
 ) -> dict[str, Tensor]:
     """Sample with each program and print what it took and what it gave."""
-    table = Table("", "seconds", "speed-up", "kept", "density", "recall", "PSNR", "SSIM", "checksum")
+    table = Table("", "seconds", "speed-up", "sites", "density", "recall", "PSNR dB", "SSIM", "checksum")
     videos: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
     for name, program in programs.items():
@@ -102,12 +102,12 @@ def _compare(
             name,
             f"{seconds[name]:.1f}",
             f"{seconds['dense'] / seconds[name]:.2f}x",
-            f"{len(kept)} sites" if name != "dense" else "-",
+            str(len(kept)),
             _mean(kept, "density"),
             _mean(kept, "recall"),
-            "-" if name == "dense" else f"{quality['psnr']:.2f} dB",
+            "-" if name == "dense" else f"{quality['psnr']:.2f}",
             "-" if name == "dense" else f"{quality.get('ssim', float('nan')):.4f}",
-            hashlib.sha256(videos[name].numpy().tobytes()).hexdigest()[:12],
+            hashlib.sha256(videos[name].numpy().tobytes()).hexdigest()[:8],
         )
     console.print(table)
     return videos

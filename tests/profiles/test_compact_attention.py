@@ -213,3 +213,17 @@ def test_the_tile_pads_least_and_is_most_cubic():
 def test_options_outside_their_range_are_refused(options, named):
     with pytest.raises(gw.GraphwrightError, match=named):
         gw.CompactAttention(**options)
+
+
+def test_tiles_are_permuted_once_for_all_layers():
+    model, inputs = make("wan", *GRID, layers=3)
+    captured = gw.capture_denoiser(model, inputs)
+    method = gw.CompactAttention(dense_steps=0, bucket=50, recall=1.0, cost=0.0)
+    program = gw.optimize(captured, methods=[method], keep="smaller", progress=False)
+    (record,) = [record for record in program.history.passes if record.name == "hoist_order"]
+    assert record.changed == 4 * 3 - 2
+    assert str(record.refusals[0]) == "2 permutations remain of 12"
+    assert "2 permutations remain of 12" in str(program.report())
+    with torch.no_grad():
+        expected = model(**inputs, return_dict=False)[0]
+    torch.testing.assert_close(program(**inputs), expected, rtol=1e-4, atol=1e-5)
