@@ -5,7 +5,7 @@ from __future__ import annotations
 from .passes.edit import copy_exported
 from .passes.hoist_order import HoistOrder
 from .passes.manager import PassManager
-from .passes.rewrite import apply_decisions
+from .passes.rewrite import Rewriting, agree_on_state, apply_decisions
 from .patterns.text import graph_text
 from .phases import Phase, state_of
 from .prepare import Prepared
@@ -30,17 +30,22 @@ def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Progr
     phases, before, records = [], {}, list(prepared.records)
     state = {name: tensor.clone() for phase in prepared.phases for name, tensor in state_of(phase.exported).items()}
     status: dict[str, tuple[str, str]] = {}
+    rewritings: dict[str, Rewriting] = {}
     for phase in prepared.phases:
         exported = copy_exported(phase.exported)
         before[phase.name] = graph_text(exported)
-        rewriting = apply_decisions(exported, phase.name, profile.decisions, prepared.shared)
+        rewritings[phase.name] = apply_decisions(exported, phase.name, profile.decisions, prepared.shared)
+    agree_on_state(rewritings, profile.decisions)
+    for phase in prepared.phases:
+        rewriting = rewritings[phase.name]
+        exported = rewriting.edit.exported
         rewriting.commit()
         if final:
             records += PassManager(FINISHERS).run(exported, phase.name, prepared.shared)
         status |= dict.fromkeys(rewriting.changes, ("kept", ""))
         status |= {site: ("failed", reason) for site, reason in rewriting.failed.items()}
-        for name in state_of(exported):
-            exported.state_dict[name] = state[name]
+        for name, tensor in state_of(exported).items():
+            exported.state_dict[name] = state.setdefault(name, tensor)
         phases.append(Phase(phase.plan, exported))
     decisions = [
         decision.model_copy(update=dict(zip(("status", "reason"), status[decision.site], strict=True)))

@@ -20,6 +20,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 
+from ..kernels import cache_append as _cache_append  # noqa: F401 (registers the operators)
+
 aten = torch.ops.aten
 
 IN_PLACE: dict[Any, Any] = {
@@ -28,6 +30,7 @@ IN_PLACE: dict[Any, Any] = {
     aten.scatter.src: aten.scatter_.src,
     aten.add.Tensor: aten.add_.Tensor,
     aten.copy.default: aten.copy_.default,
+    torch.ops.graphwright.cache_append.default: torch.ops.graphwright.cache_append_.default,
 }
 
 

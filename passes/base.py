@@ -71,6 +71,9 @@ class SitePass(_Registered, ABC, Generic[S]):
 
     exact: ClassVar[bool] = False
     ensures: ClassVar[str] = "optimized"
+    changes_state: ClassVar[bool] = False
+    """Whether it changes what the program keeps between calls, which all phases must agree on: a place is rewritten in
+    every phase or in none, and for its memory even where it is slower."""
 
     @abstractmethod
     def guard(self, site: S, edit: Edit) -> str | None:

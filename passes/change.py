@@ -5,7 +5,7 @@ A redirection is noted by argument, not by user: `add(a, b)` may have read the r
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -24,6 +24,10 @@ class Change:
     added: list[Node] = field(default_factory=list)
     redirected: list[tuple[Node, Node, dict[Node, frozenset[int]]]] = field(default_factory=list)
     """(old, new, who reads `new` instead: user -> which of its arguments, counted as nodes from the left)."""
+    kept: list[tuple[Node, Node, dict[Node, frozenset[int]]]] = field(default_factory=list)
+    """The same for values that are kept from call to call: the user is the graph's output."""
+    restores: list[Callable[[], None]] = field(default_factory=list)
+    """What puts the signature back."""
     undone: bool = False
 
     def undo(self) -> None:
@@ -35,9 +39,11 @@ class Change:
         if self.undone:
             return
         self._refuse_if_built_on()
-        for old, new, users in reversed(self.redirected):
+        for old, new, users in (*reversed(self.kept), *reversed(self.redirected)):
             for user, positions in users.items():
                 redirect(user, new, old, positions)
+        for restore in reversed(self.restores):
+            restore()
         for node in reversed(self.added):
             if node.op != "placeholder" and not node.users:
                 node.graph.erase_node(node)
@@ -46,7 +52,7 @@ class Change:
     def _refuse_if_built_on(self) -> None:
         mine = set(self.added)
         restored: dict[Node, set[int]] = {}
-        for _, _, users in self.redirected:
+        for _, _, users in (*self.redirected, *self.kept):
             for user, positions in users.items():
                 restored.setdefault(user, set()).update(positions)
         for node in reversed(self.added):

@@ -21,6 +21,7 @@ from torch.export.graph_signature import (
     InputKind,
     InputSpec,
     OutputKind,
+    OutputSpec,
     SymIntArgument,
     TensorArgument,
 )
@@ -184,6 +185,43 @@ class Edit:
         if name not in self.shared:
             self.shared[name] = make()
         return self._add_placeholder(name, self.shared[name])
+
+    def state(self, name: str, make: Callable[[], Tensor]) -> Node:
+        """A placeholder for a stored tensor that the program is to write; `keep` says what is written.
+
+        Unlike what `buffer` makes, each program has its own. The tensor holds what the state is before the first call.
+        """
+        for node in self.graph.find_nodes(op="placeholder"):
+            if self.view.target(node) == name:
+                return node
+        return self._add_placeholder(name, make())
+
+    def keep(self, old: Node, buffer: Node, value: Node) -> None:
+        """Let the program keep `value` in the state `buffer`, instead of what it kept so far of the value `old`.
+
+        The buffer that `old` was kept in is no state any more; unless something else reads it, `finish` drops it.
+
+        Raises:
+            VerificationError: The program does not keep `old`, or keeps it twice.
+        """
+        output, specs = self.graph.output_node(), self.exported.graph_signature.output_specs
+        values = output.args[0]
+        assert isinstance(values, list | tuple)
+        mutations = [i for i, spec in enumerate(specs) if spec.kind is OutputKind.BUFFER_MUTATION]
+        places = [i for i in mutations if values[i] is old]
+        if len(places) != 1:
+            raise VerificationError(f"{old.name} is kept in {len(places)} buffers, expected one")
+        if self.shadow:
+            self._change.kept.append((old, value, {}))
+            return
+        place, before = places[0], specs[places[0]]
+        counted = frozenset({sum(isinstance(other, Node) for other in values[:place])})
+        redirect(output, old, value, counted)
+        specs[place] = OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(value.name), self.view.target(buffer))
+        self._change.kept.append((old, value, {output: counted}))
+        self._change.restores.append(lambda: specs.__setitem__(place, before))
+        self._touched.add(value)
+        self._view = None
 
     def _add_placeholder(self, name: str, tensor: Tensor) -> Node:
         placeholders = self.graph.find_nodes(op="placeholder", sort=True)

@@ -6,7 +6,7 @@ and time, on the inputs that the unchanged program gives it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -111,6 +111,31 @@ def apply_decisions(
         rewriting.pairs[decision.site] = [(old, new) for old, new, _ in change.redirected]
     edit.provenance = {}
     return rewriting
+
+
+def agree_on_state(rewritings: Mapping[str, Rewriting], decisions: Iterable[Decision]) -> None:
+    """Take back what changes state in one phase where another phase could not follow: phases share their state.
+
+    Args:
+        rewritings: Phase -> its open rewriting; what is taken back moves to its `failed`.
+        decisions: What was to be done.
+    """
+    places: dict[str, list[Decision]] = {}
+    for decision in decisions:
+        if decision.status in ("proposed", "kept") and decision.phase in rewritings:
+            if pass_named(decision.pass_name, decision.options).changes_state:
+                places.setdefault(decision.place, []).append(decision)
+    for group in places.values():
+        missing = sorted(set(rewritings) - {decision.phase for decision in group})
+        failed = [f"{d.phase}: {reason}" for d in group if (reason := rewritings[d.phase].failed.get(d.site))]
+        if not missing and not failed:
+            continue
+        reason = "; ".join(failed) or f"{', '.join(missing)} would keep the old state"
+        for decision in group:
+            rewriting = rewritings[decision.phase]
+            if decision.site in rewriting.changes:
+                rewriting.rollback(decision.site)
+                rewriting.failed[decision.site] = f"another phase could not follow: {reason}"
 
 
 def _of_phase(decisions: Iterable[Decision], phase: str) -> Sequence[Decision]:

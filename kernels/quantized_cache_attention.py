@@ -1,0 +1,192 @@
+"""Attention of new queries to a packed key-value cache.
+
+    k'[j], v'[j] = dequantized key and value j             those of the query's own block of 32 from the tail, see below
+    y[i] = sum_j softmax_j(scale q[i] . k'[j]) v'[j]       over positions[i] - window < j <= positions[i]
+
+Shapes: query ``[B, Hq, N, D]``; key and value stores ``[B, H, R]`` (``packed_cache.py``), H divides Hq, and query head
+h reads head ``h H // Hq``; positions ``[N]``, consecutive, the new tokens' own, whose keys and values were appended
+before; y ``[B, Hq, N, E]`` with E = ``value_dim``. Dtypes: query and y float32, float16 or bfloat16, stores uint8,
+positions int64. Mode ``per_token`` packs keys and values by token, ``kivi`` keys by channel and values by groups of a
+token. A window of 0 is none.
+
+With ``kivi`` the tokens from the last position's block on come from the tail, in float16, all earlier ones from the
+packed blocks. For one new token, and for pieces of 32 that start at a multiple of 32, that is what decoding token by
+token gives; queries of a longer piece see packed what decoding would have shown them in float16.
+
+Error against attention to float keys and values: ``packed_cache.py``. Kernels differ from the reference by float32
+rounding of sums of D and of positions[i] terms.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
+from .packed_cache import FORMS, GROUP, Packing, dequantize
+from .quantized_cache_attention_cpu import attend
+
+CONTRACT = Contract(
+    "quantized_cache_attention",
+    {
+        "query": Argument("B Q N D", FLOATS),
+        "key": Argument("B H R", (torch.uint8,)),
+        "value": Argument("B H S", (torch.uint8,)),
+        "positions": Argument("N", (torch.int64,)),
+    },
+    sizes={
+        "Q": Size(minimum=1, multiple_of="H"),
+        "D": Size(minimum=8, multiple_of=8),
+        "value_dim": Size(minimum=8, multiple_of=8),
+        "key_bits": Size(one_of=(8, 4, 2)),
+        "value_bits": Size(one_of=(8, 4, 2)),
+        "window": Size(minimum=0),
+    },
+    devices=("cpu",),
+)
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    key_bits: int,
+    value_bits: int,
+    mode: str,
+    value_dim: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """The formula: everything dequantized, one softmax."""
+    keys_as, values_as = packings(query, key_bits, value_bits, mode, value_dim)
+    cut = int(positions[-1]) // GROUP * GROUP if len(positions) else 0
+    keys, values = _whole(key, keys_as, cut), _whole(value, values_as, cut)
+    repeats = query.shape[1] // key.shape[1]
+    scores = query.float() @ keys.repeat_interleave(repeats, 1).mT * scale
+    j = torch.arange(keys.shape[2], device=query.device)
+    hidden = j > positions[:, None]
+    if window:
+        hidden |= j <= positions[:, None] - window
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    # What was never written may be anything, and zero times NaN is no zero.
+    written = (j <= positions.max())[:, None] if len(positions) else j[:, None] < 0
+    values = torch.where(written, values.repeat_interleave(repeats, 1), 0.0)
+    return (weights @ values).to(query.dtype)
+
+
+def _whole(store: Tensor, packing: Packing, cut: int) -> Tensor:
+    planes = packing.planes(store)
+    tokens = dequantize(planes.codes, planes.steps, packing)
+    if planes.tail is None:
+        return tokens
+    return torch.cat([tokens[:, :, :cut], planes.tail.float(), tokens[:, :, cut + GROUP :]], 2)
+
+
+@torch.library.custom_op("graphwright::quantized_cache_attention", mutates_args=())
+def quantized_cache_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    key_bits: int,
+    value_bits: int,
+    mode: str,
+    value_dim: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """Attention of queries ``[B, Hq, N, D]`` to a packed cache, causal in positions ``[N]``, to ``[B, Hq, N, E]``.
+
+    Raises:
+        InvalidArgument: A dtype or shape that ``CONTRACT`` does not hold, or a position that the stores do not have.
+        MissingKernel: No kernel for the query's device.
+    """
+    raise missing_kernel(CONTRACT.operator, query.device)
+
+
+@quantized_cache_attention.register_fake
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    key_bits: int,
+    value_bits: int,
+    mode: str,
+    value_dim: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    _require(query, key, value, positions, key_bits, value_bits, value_dim, window, proved=False)
+    packings(query, key_bits, value_bits, mode, value_dim)
+    return query.new_empty((*query.shape[:3], value_dim))
+
+
+def _cpu(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    key_bits: int,
+    value_bits: int,
+    mode: str,
+    value_dim: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """In blocks: see ``quantized_cache_attention_cpu.py``."""
+    _require(query, key, value, positions, key_bits, value_bits, value_dim, window)
+    keys_as, values_as = packings(query, key_bits, value_bits, mode, value_dim)
+    capacity = min(keys_as.capacity(key.shape[-1]), values_as.capacity(value.shape[-1]))
+    if len(positions) and not 0 <= int(positions[0]) <= int(positions[-1]) < capacity:
+        raise InvalidArgument(
+            f"quantized_cache_attention: positions {int(positions[0])} to {int(positions[-1])}"
+            f" do not fit a cache of {capacity} tokens"
+        )
+    return attend(query, keys_as.planes(key), values_as.planes(value), positions, keys_as, values_as, scale, window)
+
+
+def packings(query: Tensor, key_bits: int, value_bits: int, mode: str, value_dim: int) -> tuple[Packing, Packing]:
+    """How keys and values are packed.
+
+    Raises:
+        InvalidArgument: An unknown mode, or what a `Packing` refuses.
+    """
+    if mode not in FORMS:
+        raise InvalidArgument(f"quantized_cache_attention: got mode {mode!r}, expected {' or '.join(FORMS)}")
+    key_form, value_form = FORMS[mode]
+    both = Packing(key_bits, key_form, int(query.shape[-1])), Packing(value_bits, value_form, value_dim)
+    for packing in both:
+        packing.require()
+    return both
+
+
+def _require(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    key_bits: int,
+    value_bits: int,
+    value_dim: int,
+    window: int,
+    *,
+    proved: bool = True,
+) -> None:
+    CONTRACT.require(
+        query=query,
+        key=key,
+        value=value,
+        positions=positions,
+        key_bits=key_bits,
+        value_bits=value_bits,
+        value_dim=value_dim,
+        window=window,
+        proved=proved,
+    )
+
+
+torch.library.impl("graphwright::quantized_cache_attention", "cpu", _cpu)
+register(torch.ops.graphwright.quantized_cache_attention.default, reference, CONTRACT)

@@ -1,0 +1,144 @@
+"""Keep keys and values in 8, 4 or 2 bits.
+
+    cache' = index_copy(cache, 2, at, k)                 store' = graphwright.cache_append(store, at, k, bits, form)
+    sdpa(q, keys', values', mask) ── y      becomes      graphwright.quantized_cache_attention(q, keys', values', at) ── y
+    cache := cache'                                      store := store'
+
+for the key and the value side of one attention. A buffer float [B, H, L, D] becomes a store uint8 [B, H, R] that holds
+the packed tokens with their scales and minima; new tokens are quantized once, when they are written. Where the
+attention reads the new tokens and not the cache, as in a prefill, it goes on doing so: only what is kept changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..kernels import cache_append, quantized_cache_attention
+from ..kernels.contract import Spec
+from ..kernels.packed_cache import FORMS, Packing
+from ..patterns.cache import CacheSite
+from ..patterns.graph import arguments, shape_of
+from ..patterns.masks import MaskFact, analyse_mask
+from .base import SitePass
+from .edit import Edit
+
+
+@dataclass(frozen=True)
+class QuantizeCache(SitePass[CacheSite]):
+    """Pack the keys and values of one attention.
+
+    Attributes:
+        key_bits, value_bits: 8, 4 or 2.
+        mode: `per_token` (one scale and minimum for a token) or `kivi` (keys by channel over 32 tokens, values by 32
+            channels of a token, the last block of 32 tokens in float16); see `kernels/packed_cache.py`.
+    """
+
+    name: ClassVar[str] = "quantize_cache"
+    changes_state: ClassVar[bool] = True
+
+    key_bits: int = 8
+    value_bits: int = 8
+    mode: str = "per_token"
+
+    def guard(self, site: CacheSite, edit: Edit) -> str | None:
+        """A static cache, a mask that is causal in the positions that are written, and the operators' contracts."""
+        if self.mode not in FORMS:
+            return f"unknown mode {self.mode!r}; there are {', '.join(FORMS)}"
+        if site.length is None:
+            return "the cache grows, there is no buffer of a fixed size to pack"
+        if not isinstance(site.positions, Node):
+            return "the positions of the new tokens are not given as a tensor"
+        keys_as, values_as = self._packings(site)
+        reason = keys_as.refuse() or values_as.refuse()
+        if reason is not None:
+            return reason
+        batch = shape_of(site.key_buffer)[0]
+        store = Spec((batch, site.kv_heads, keys_as.bytes_for(site.length)), torch.uint8)
+        reason = cache_append.CONTRACT.check(
+            store=store, positions=_spec(site.positions), new=_spec(site.new_key), bits=self.key_bits
+        )
+        if reason is not None or site.reads == "new":
+            return reason
+        fact = _mask(site, edit)
+        if fact.kind != "cache_causal" or fact.positions is not site.positions:
+            return f"the mask is not causal in the positions that are written: {fact.reason or fact.kind}"
+        if fact.padding is not None:
+            return "the mask hides padding"
+        return quantized_cache_attention.CONTRACT.check(
+            query=_spec(arguments(site.attention)["query"]),
+            key=store,
+            value=Spec((batch, site.kv_heads, values_as.bytes_for(site.length)), torch.uint8),
+            positions=_spec(site.positions),
+            value_dim=site.value_head_dim,
+        )
+
+    def rewrite(self, site: CacheSite, edit: Edit) -> None:
+        """Keep packed stores instead of the buffers, and let the attention read them."""
+        keys_as, values_as = self._packings(site)
+        keys = self._store(site, edit, site.key_name, site.key_buffer, site.key_write, site.new_key, keys_as)
+        values = self._store(site, edit, site.value_name, site.value_buffer, site.value_write, site.new_value, values_as)
+        if site.reads == "new":
+            return
+        node = site.attention
+        args = arguments(node)
+        scale = args["scale"]
+        output = edit.call(
+            torch.ops.graphwright.quantized_cache_attention.default,
+            args["query"],
+            keys,
+            values,
+            site.positions,
+            self.key_bits,
+            self.value_bits,
+            self.mode,
+            site.value_head_dim,
+            float(site.head_dim**-0.5 if scale is None else scale),
+            _mask(site, edit).window or 0,
+            like=node,
+        )
+        edit.replace(node, output)
+
+    def _packings(self, site: CacheSite) -> tuple[Packing, Packing]:
+        key_form, value_form = FORMS[self.mode]
+        return (
+            Packing(self.key_bits, key_form, site.head_dim),
+            Packing(self.value_bits, value_form, site.value_head_dim),
+        )
+
+    def _store(
+        self, site: CacheSite, edit: Edit, name: str, buffer: Node, write: Node, new: Node, packing: Packing
+    ) -> Node:
+        """The store after the new tokens were appended."""
+        batch, heads, length, _ = shape_of(buffer)
+        device = buffer.meta["val"].device
+
+        def empty() -> Tensor:
+            return torch.zeros(batch, heads, packing.bytes_for(length), dtype=torch.uint8, device=device)
+
+        store = edit.state(f"{name}.{packing.form}{packing.bits}", empty)
+        appended = edit.call(
+            torch.ops.graphwright.cache_append.default,
+            store,
+            site.positions,
+            new,
+            packing.bits,
+            packing.form,
+            like=write,
+        )
+        edit.keep(write, store, appended)
+        return appended
+
+
+def _mask(site: CacheSite, edit: Edit) -> MaskFact:
+    args = arguments(site.attention)
+    queries, keys = shape_of(args["query"])[-2], shape_of(args["key"])[-2]
+    return analyse_mask(edit.view, args["attn_mask"], queries, keys, is_causal=args["is_causal"])
+
+
+def _spec(node: Node) -> Any:
+    return node.meta["val"]
