@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .build import build
+from .passes.base import pass_named
 from .passes.decision import Decision
 from .passes.dialects import run_functional
 from .prepare import Prepared
@@ -36,7 +37,7 @@ def hold_budget(
     """
     decisions = profile.decisions
     proposed = [d for d in decisions if d.status == "proposed"]
-    name = _widest_phase(prepared, {d.phase for d in proposed})
+    name = _widest_phase(prepared, proposed)
     if name is None:
         return
     worst = sorted((d for d in proposed if d.phase == name), key=lambda d: -(d.local_error or 0.0))[: budget.probes]
@@ -93,9 +94,15 @@ def _output_error(prepared: Prepared, inputs: Mapping[str, list[list[Any]]]) -> 
     return evaluate
 
 
-def _widest_phase(prepared: Prepared, phases: Collection[str]) -> str | None:
-    """Of some phases the one that computes most at once: prefill of a language model, else the last."""
-    names = [phase.name for phase in prepared.phases if phase.name in phases]
+def _widest_phase(prepared: Prepared, proposed: Sequence[Decision]) -> str | None:
+    """The phase that computes most at once and sees what is proposed: prefill of a language model, else the last.
+
+    A prefill does not read the state that it leaves, so what changes state alone is seen in the last phase.
+    """
+    there = {decision.phase for decision in proposed}
+    names = [phase.name for phase in prepared.phases if phase.name in there]
+    if all(pass_named(d.pass_name, d.options).changes_state for d in proposed):
+        return names[-1] if names else None
     return "prefill" if "prefill" in names else (names[-1] if names else None)
 
 

@@ -108,7 +108,11 @@ def optimize(
             inputs = recorded.inputs
         else:
             inputs = calibration_inputs(prepared.exported, captured.kind, captured.facts, items)
-        context = Context(prepared.exported, prepared.sites, inputs, captured.facts, prepared.steps, bar)
+
+        def trial(tried: Sequence[Decision]) -> Program:
+            return build(prepared, Profile(fingerprint=found, data="", decisions=list(tried)))
+
+        context = Context(prepared.exported, prepared.sites, inputs, captured.facts, prepared.steps, bar, trial)
         started = time.perf_counter()
         decisions = [decision for method in chosen for decision in method.decide(context)]
         prepared.measured["decide_seconds"] = time.perf_counter() - started
@@ -121,6 +125,7 @@ def optimize(
             versions=versions(),
             hardware=hardware(),
             data=data_hash(flat for items in inputs.values() for flat in items),
+            measured=context.measured,
         )
         if chosen:
             with bar.stage("measure"):
@@ -177,6 +182,12 @@ def _measure(prepared: Prepared, decisions: list[Decision], inputs: Mapping[str,
         measured, failed = measure_sites(phase.exported, phase.name, proposals, flat[:1], prepared.shared, least)
         for decision in proposals:
             measure = measured.get(decision.site)
+            if _changes_state(decision):
+                # Its time depends on how much state there is, which a calibration input does not show.
+                decision.local_error = None if measure is None else measure.error
+                if decision.site in failed:
+                    decision.status, decision.reason = "failed", failed[decision.site]
+                continue
             if measure is None:
                 decision.status, decision.reason = "failed", failed.get(decision.site, "could not be measured")
                 continue
@@ -184,6 +195,10 @@ def _measure(prepared: Prepared, decisions: list[Decision], inputs: Mapping[str,
     if keep == "faster":
         _refuse_slower(decisions)
     prepared.measured["measure_seconds"] = time.perf_counter() - started
+
+
+def _changes_state(decision: Decision) -> bool:
+    return pass_named(decision.pass_name, decision.options).changes_state
 
 
 def _refuse_slower(decisions: list[Decision]) -> None:

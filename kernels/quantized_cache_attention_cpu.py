@@ -41,6 +41,8 @@ def attend(
         return output
     first, last = int(positions[0]), int(positions[-1])
     cut = last // GROUP * GROUP if keys_as.has_tail else last + 1
+    # One piece of memory for the codes of all blocks: fresh pages cost as much as the conversion.
+    scratch = torch.empty(batch * groups * min(TOKENS, last + 1) * max(dim, values_as.head_dim))
     for start in range(0, count, QUERIES):
         stop = min(start + QUERIES, count)
         rows = query[:, :, start:stop].float().mul(scale)
@@ -48,15 +50,14 @@ def attend(
         seen = first + stop
         begin = max(0, first + start - window + 1) if window else 0
         scores = rows.new_empty(*rows.shape[:3], seen - begin)
-        totals = rows.sum(-1, keepdim=True)
         for low, high in _blocks(begin, seen, cut, keys_as):
-            scores[..., low - begin : high - begin] = _dot(rows, totals, keys, keys_as, low, high, cut)
+            scores[..., low - begin : high - begin] = _dot(rows, keys, keys_as, low, high, cut, scratch)
         if stop - start > 1:
             _hide(scores.unflatten(2, (-1, stop - start)), first + start, begin, window)
         weights = scores.softmax(-1)
         result = rows.new_zeros(*rows.shape[:3], values_as.head_dim)
         for low, high in _blocks(begin, seen, cut, values_as):
-            _add_values(result, weights[..., low - begin : high - begin], values, values_as, low, high, cut)
+            _add_values(result, weights[..., low - begin : high - begin], values, values_as, low, high, cut, scratch)
         output[:, :, start:stop] = result.view(batch, heads, stop - start, -1)
     return output
 
@@ -73,38 +74,39 @@ def _blocks(begin: int, stop: int, cut: int, packing: Packing) -> Iterator[tuple
 
 
 def _dot(
-    rows: Tensor, totals: Tensor, planes: Planes, packing: Packing, low: int, high: int, cut: int
+    rows: Tensor, planes: Planes, packing: Packing, low: int, high: int, cut: int, scratch: Tensor
 ) -> Tensor:
-    """Scores [B, H, rows, high - low] of scaled queries [B, H, rows, D]; `totals` are their sums over D."""
+    """Scores [B, H, rows, high - low] of scaled queries [B, H, rows, D]."""
     if packing.has_tail:
         return rows @ _tokens(planes, packing, low, high, cut).mT
     scale, minimum = _steps(planes, low, high)
-    scores = rows @ _codes(planes, packing, low, high).mT
-    return scores.mul_(scale).addcmul_(totals, minimum)
+    scores = rows @ _codes(planes, packing, low, high, scratch).mT
+    return scores.mul_(scale).addcmul_(rows.sum(-1, keepdim=True), minimum)
 
 
 def _add_values(
-    result: Tensor, weights: Tensor, planes: Planes, packing: Packing, low: int, high: int, cut: int
+    result: Tensor, weights: Tensor, planes: Planes, packing: Packing, low: int, high: int, cut: int, scratch: Tensor
 ) -> None:
     """Add what tokens contribute, with weights [B, H, rows, high - low], to the result [B, H, rows, E]."""
     if packing.has_tail:
         result += weights @ _tokens(planes, packing, low, high, cut)
         return
     scale, minimum = _steps(planes, low, high)
-    result += (weights * scale) @ _codes(planes, packing, low, high)
-    result += (weights @ minimum.mT)
+    result += (weights * scale) @ _codes(planes, packing, low, high, scratch)
+    result += (weights * minimum).sum(-1, keepdim=True)
 
 
 def _steps(planes: Planes, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Scale and minimum [B, H, 1, high - low] of tokens that are a group each."""
-    steps = planes.steps[:, :, low:high, 0].float()
-    return steps[..., 0].unsqueeze(2), steps[..., 1].unsqueeze(2)
+    scale, minimum = planes.steps[:, :, None, low:high, 0].float().unbind(-1)
+    return scale, minimum
 
 
-def _codes(planes: Planes, packing: Packing, low: int, high: int) -> Tensor:
-    """Codes as float32 [B, H, high - low, D]."""
+def _codes(planes: Planes, packing: Packing, low: int, high: int, scratch: Tensor) -> Tensor:
+    """Codes as float32 [B, H, high - low, D], in the scratch memory."""
     packed, bits = planes.codes[:, :, low:high], packing.bits
-    codes = torch.empty(*packed.shape[:3], packing.head_dim)
+    shape = (*packed.shape[:3], packing.head_dim)
+    codes = scratch[: packed.numel() * 8 // bits].view(shape)
     for part, out in enumerate(codes.split(packing.row, -1)):
         shifted = packed if part == 0 else packed >> (bits * part)
         # The highest bits have nothing above them.

@@ -80,6 +80,7 @@ class QuantizeCache(SitePass[CacheSite]):
     def rewrite(self, site: CacheSite, edit: Edit) -> None:
         """Keep packed stores instead of the buffers, and let the attention read them."""
         keys_as, values_as = self._packings(site)
+        window = 0 if site.reads == "new" else _mask(site, edit).window or 0
         keys = self._store(site, edit, site.key_name, site.key_buffer, site.key_write, site.new_key, keys_as)
         values = self._store(site, edit, site.value_name, site.value_buffer, site.value_write, site.new_value, values_as)
         if site.reads == "new":
@@ -98,7 +99,7 @@ class QuantizeCache(SitePass[CacheSite]):
             self.mode,
             site.value_head_dim,
             float(site.head_dim**-0.5 if scale is None else scale),
-            _mask(site, edit).window or 0,
+            window,
             like=node,
         )
         edit.replace(node, output)

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -37,6 +37,8 @@ class Context:
         facts: What capture knows of the model.
         steps: Phase -> its denoising steps; empty where phases are something else.
         progress: Where long work shows how far it is.
+        build: Makes the program that some decisions give, for methods that search by trying; None where it cannot be.
+        measured: Where a method leaves what it measured, by its name; it becomes the profile's.
     """
 
     phases: Mapping[str, ExportedProgram]
@@ -45,6 +47,8 @@ class Context:
     facts: Mapping[str, Any] = field(default_factory=dict)
     steps: Mapping[str, StepRange] = field(default_factory=dict)
     progress: Progress = field(default_factory=lambda: Progress(False))
+    build: Callable[[Sequence[Decision]], Any] | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
 
 
 class Method(BaseModel, ABC):

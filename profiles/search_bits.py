@@ -1,0 +1,186 @@
+"""The search for one pair a group: least objective and least mean bits, under a limit on the mean bits.
+
+NSGA-II (optuna) over one integer a group. Tables that were tried are not evaluated again. The study can be kept in a
+file, from which an interrupted search goes on.
+
+Source: KVTuner (Li et al. 2025, arXiv 2502.04420), section 5.4: multi-objective search, constraint mean bits <= limit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import InvalidArgument, InvalidFile, MissingExtra
+from .cache_groups import Group, mean_bits
+from .cache_sensitivity import Pair
+
+Sampler = Literal["nsga2", "random"]
+Table = tuple[Pair, ...]
+"""One pair a layer."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One table that was evaluated."""
+
+    table: Table
+    bits: float
+    objective: float
+
+
+def search_bits(
+    groups: Sequence[Group],
+    evaluate: Callable[[Table], float],
+    *,
+    limit: float,
+    trials: int,
+    seed: int,
+    sampler: Sampler = "nsga2",
+    study: Path | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Trial]:
+    """Try tables.
+
+    Args:
+        groups: The choices.
+        evaluate: The objective of a table, lower is better.
+        limit: Most mean bits of a table that may be chosen; others are tried too, they show the way.
+        trials: Evaluations, those that `study` holds already included.
+        seed: Of the sampler.
+        sampler: "random" draws at random, for comparison.
+        study: File that keeps the study.
+        on_step: Called after each trial.
+
+    Returns:
+        All trials, in order; the same table may be among them more than once.
+
+    Raises:
+        InvalidArgument: No table keeps the limit, or the file holds the study of another search.
+        MissingExtra: optuna is not installed.
+    """
+    least = sum(min(map(mean_bits, group.candidates)) * len(group.layers) for group in groups)
+    layers = sum(len(group.layers) for group in groups)
+    if least / layers > limit:
+        raise InvalidArgument(f"no table has {limit} mean bits; the least is {least / layers:.2f}")
+    optuna = _optuna()
+    opened = _open(optuna, groups, sampler, seed, limit, study)
+    known: dict[Table, float] = {}
+    done = [trial for trial in opened.trials if trial.state.is_finished() and trial.values is not None]
+    for trial in done:
+        known[_table(groups, trial.params)] = trial.values[0]
+
+    def objective(trial: Any) -> tuple[float, float]:
+        choices = {
+            f"group{n}": trial.suggest_int(f"group{n}", 0, len(g.candidates) - 1) for n, g in enumerate(groups)
+        }
+        table = _table(groups, choices)
+        if table not in known:
+            known[table] = float(evaluate(table))
+        on_step()
+        return known[table], table_bits(table)
+
+    if not opened.trials:
+        for choices in _uniform(groups):
+            opened.enqueue_trial(choices)
+    opened.optimize(objective, n_trials=max(trials - len(done), 0))
+    finished = [trial for trial in opened.trials if trial.values is not None]
+    return [Trial(_table(groups, trial.params), trial.values[1], trial.values[0]) for trial in finished]
+
+
+def table_bits(table: Table) -> float:
+    """Mean bits of a table."""
+    return sum(map(mean_bits, table)) / len(table)
+
+
+def best_trial(trials: Sequence[Trial], limit: float) -> Trial:
+    """The trial with the least objective within the limit, of equal ones that with the fewest bits.
+
+    Raises:
+        InvalidArgument: None is within the limit.
+    """
+    within = [trial for trial in trials if trial.bits <= limit + 1e-9]
+    if not within:
+        raise InvalidArgument(f"none of {len(trials)} trials has at most {limit} mean bits; try more trials")
+    return min(within, key=lambda trial: (trial.objective, trial.bits))
+
+
+def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials that no other one beats in bits and objective, by rising bits; one of each table."""
+    front: list[Trial] = []
+    for trial in sorted(trials, key=lambda trial: (trial.bits, trial.objective)):
+        if not front or trial.objective < front[-1].objective:
+            front.append(trial)
+    return front
+
+
+def _table(groups: Sequence[Group], choices: dict[str, int]) -> Table:
+    found = {
+        layer: group.candidates[choices[f"group{number}"]]
+        for number, group in enumerate(groups)
+        for layer in group.layers
+    }
+    return tuple(found[layer] for layer in sorted(found))
+
+
+def _uniform(groups: Sequence[Group]) -> list[dict[str, int]]:
+    """The tables nearest to one pair for all layers: where the search starts."""
+    pairs = sorted({pair for group in groups for pair in group.candidates}, key=lambda pair: (-mean_bits(pair), pair))
+    return [
+        {f"group{n}": _nearest(group.candidates, pair) for n, group in enumerate(groups)} for pair in pairs
+    ]
+
+
+def _nearest(candidates: Sequence[Pair], pair: Pair) -> int:
+    distances = [(abs(mean_bits(other) - mean_bits(pair)), other != pair) for other in candidates]
+    return distances.index(min(distances))
+
+
+def _open(
+    optuna: Any, groups: Sequence[Group], sampler: Sampler, seed: int, limit: float, path: Path | None
+) -> Any:
+    """The study, with what it is for noted in it."""
+    about = json.dumps([[group.layers, group.candidates] for group in groups])
+    mark = hashlib.sha256(about.encode()).hexdigest()
+    storage = None
+    if path is not None:
+        if not path.absolute().parent.is_dir():
+            raise InvalidFile(f"{path}: there is no such folder")
+        journal = optuna.storages.journal
+        storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
+    study = optuna.create_study(
+        storage=storage, study_name="kvtuner", directions=["minimize", "minimize"], load_if_exists=path is not None
+    )
+    if study.user_attrs.get("search", mark) != mark:
+        raise InvalidArgument(f"{path} holds the study of another search; give another file")
+    study.set_user_attr("search", mark)
+
+    def constraint(trial: Any) -> tuple[float]:
+        return (table_bits(_table(groups, trial.params)) - limit,)
+
+    # A resumed study must not draw the same numbers again.
+    seed += 1000 * len(study.trials)
+    if sampler == "random":
+        study.sampler = optuna.samplers.RandomSampler(seed=seed)
+    else:
+        study.sampler = optuna.samplers.NSGAIISampler(
+            population_size=_POPULATION, seed=seed, constraints_func=constraint
+        )
+    return study
+
+
+_POPULATION = 20
+"""Five generations in 100 trials; optuna's 50 would be two."""
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingExtra("optuna is not installed: pip install 'graphwright[search]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
