@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .profiles.budget import Budget
     from .profiles.compact_attention import CompactAttention
     from .profiles.int8 import Int8
+    from .profiles.kvtuner import KVTuner
     from .profiles.method import Method, methods
     from .profiles.presets import preset
     from .profiles.profile import Profile
@@ -43,6 +44,7 @@ _HOME = {
     "Decision": "passes.decision",
     "GraphwrightError": "errors",
     "Int8": "profiles.int8",
+    "KVTuner": "profiles.kvtuner",
     "Method": "profiles.method",
     "Phase": "phases",
     "Profile": "profiles.profile",
@@ -66,6 +68,7 @@ __all__ = [
     "Decision",
     "GraphwrightError",
     "Int8",
+    "KVTuner",
     "Method",
     "Phase",
     "Profile",

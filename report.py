@@ -22,6 +22,7 @@ from .patterns.find import Sites
 from .patterns.graph import GraphView, shape_of
 from .patterns.text import graph_line, graph_text, type_text
 from .report_attention import attention_parts
+from .report_cache import cache_parts
 
 if TYPE_CHECKING:
     from .program import Program
@@ -127,6 +128,7 @@ class Report(_Printable):
         parts: list[RenderableType] = [self._phases()]
         if self.program.decisions:
             parts += [self._decisions(), *self._left_out(), *attention_parts(self.program)]
+            parts += cache_parts(self.program)
             frontier = self.program.profile.measured.get("frontier")
             if frontier:
                 parts.append(self._frontier(frontier))

@@ -2,7 +2,7 @@
 
 A store is uint8 [B, H, R]: for each sequence and head the bytes of all tokens, in planes that follow each other.
 
-    codes   uint8   [C, D bits / 8]     byte c holds the channels c, c + D bits / 8, c + 2 D bits / 8, ...; low bits first
+    codes   uint8   [C, D bits / 8]     byte c holds the channels c, c + D bits / 8, ..., low bits first
     steps   float16 [..., 2]            (scale, minimum) of each group of channels
     tail    float16 [32, D]             the tokens of the last block of 32; `per_channel` and `per_group` only
 

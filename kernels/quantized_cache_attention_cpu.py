@@ -3,7 +3,8 @@
 Scores of all keys are kept for a block of queries, keys and values in floating point for a block of tokens only. Where
 a group is a whole token its scale and minimum are taken out of the products,
 
-    q . k' = scale (q . code) + minimum (sum_c q_c),        sum_j w_j v'_j = sum_j (w_j scale_j) code_j + sum_j w_j minimum_j
+    q . k'        = scale (q . code) + minimum (sum_c q_c)
+    sum_j w_j v'_j = sum_j (w_j scale_j) code_j + sum_j w_j minimum_j
 
 so that the codes need one conversion each and no arithmetic; the other forms are dequantized.
 """
@@ -73,9 +74,7 @@ def _blocks(begin: int, stop: int, cut: int, packing: Packing) -> Iterator[tuple
         yield max(cut, begin), stop
 
 
-def _dot(
-    rows: Tensor, planes: Planes, packing: Packing, low: int, high: int, cut: int, scratch: Tensor
-) -> Tensor:
+def _dot(rows: Tensor, planes: Planes, packing: Packing, low: int, high: int, cut: int, scratch: Tensor) -> Tensor:
     """Scores [B, H, rows, high - low] of scaled queries [B, H, rows, D]."""
     if packing.has_tail:
         return rows @ _tokens(planes, packing, low, high, cut).mT

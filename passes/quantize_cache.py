@@ -1,8 +1,8 @@
 """Keep keys and values in 8, 4 or 2 bits.
 
-    cache' = index_copy(cache, 2, at, k)                 store' = graphwright.cache_append(store, at, k, bits, form)
-    sdpa(q, keys', values', mask) ── y      becomes      graphwright.quantized_cache_attention(q, keys', values', at) ── y
-    cache := cache'                                      store := store'
+    cache' = index_copy(cache, 2, at, k)               store' = graphwright.cache_append(store, at, k, bits, form)
+    sdpa(q, keys', values', mask) ── y     becomes     graphwright.quantized_cache_attention(q, keys', values', at) ── y
+    cache := cache'                                    store := store'
 
 for the key and the value side of one attention. A buffer float [B, H, L, D] becomes a store uint8 [B, H, R] that holds
 the packed tokens with their scales and minima; new tokens are quantized once, when they are written. Where the
@@ -82,7 +82,9 @@ class QuantizeCache(SitePass[CacheSite]):
         keys_as, values_as = self._packings(site)
         window = 0 if site.reads == "new" else _mask(site, edit).window or 0
         keys = self._store(site, edit, site.key_name, site.key_buffer, site.key_write, site.new_key, keys_as)
-        values = self._store(site, edit, site.value_name, site.value_buffer, site.value_write, site.new_value, values_as)
+        values = self._store(
+            site, edit, site.value_name, site.value_buffer, site.value_write, site.new_value, values_as
+        )
         if site.reads == "new":
             return
         node = site.attention

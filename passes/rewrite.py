@@ -122,9 +122,10 @@ def agree_on_state(rewritings: Mapping[str, Rewriting], decisions: Iterable[Deci
     """
     places: dict[str, list[Decision]] = {}
     for decision in decisions:
-        if decision.status in ("proposed", "kept") and decision.phase in rewritings:
-            if pass_named(decision.pass_name, decision.options).changes_state:
-                places.setdefault(decision.place, []).append(decision)
+        if decision.status not in ("proposed", "kept") or decision.phase not in rewritings:
+            continue
+        if pass_named(decision.pass_name, decision.options).changes_state:
+            places.setdefault(decision.place, []).append(decision)
     for group in places.values():
         missing = sorted(set(rewritings) - {decision.phase for decision in group})
         failed = [f"{d.phase}: {reason}" for d in group if (reason := rewritings[d.phase].failed.get(d.site))]

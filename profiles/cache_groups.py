@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -78,6 +79,35 @@ def group_layers(layers: Sequence[Sensitivity], most: int) -> list[Group]:
         for label in sorted(set(labels[kept]))
     ]
     return sorted(groups, key=lambda group: group.layers)
+
+
+def predicted_choices(groups: Sequence[Group], layers: Sequence[Sensitivity]) -> list[tuple[int, ...]]:
+    """Tables that the layers' own errors say are good: a place among the candidates for each group.
+
+    Errors of layers add up in squares, so for each price of a bit the table is the one with the least sum of squares
+    and price; the prices are all those at which it changes. These are where the search starts, beside uniform tables.
+    """
+    squares = [
+        [sum(layers[number].error(pair) ** 2 for number in group.layers) for pair in group.candidates]
+        for group in groups
+    ]
+    bits = [[mean_bits(pair) * len(group.layers) for pair in group.candidates] for group in groups]
+    prices = {
+        (cost[j] - cost[i]) / (size[i] - size[j])
+        for cost, size in zip(squares, bits, strict=True)
+        for i in range(len(cost))
+        for j in range(i + 1, len(cost))
+        if size[i] > size[j]
+    }
+    edges = sorted(prices) or [0.0]
+    found = {
+        tuple(
+            min(range(len(cost)), key=lambda i, c=cost, b=size: c[i] + price * b[i])
+            for cost, size in zip(squares, bits, strict=True)
+        )
+        for price in (edges[0] / 2, *((a + b) / 2 for a, b in pairwise(edges)), edges[-1] * 2)
+    }
+    return sorted(found, key=lambda table: sum(size[i] for size, i in zip(bits, table, strict=True)))
 
 
 def _features(layers: Sequence[Sensitivity], pairs: Sequence[Pair]) -> np.ndarray:

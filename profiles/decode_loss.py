@@ -8,6 +8,7 @@ block of 32 tokens in float16, so there a call takes one block at most; see `ker
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def decoded_logits(program: Any, tokens: Tensor, block: int | None = None) -> Te
     program.reset()
     count = tokens.shape[1]
     edges = sorted({0, 1, *range(block or count, count, block or count), count})
-    calls = zip(edges, edges[1:], strict=False)
+    calls = pairwise(edges)
     return torch.cat(
         [program(tokens[:, low:high], torch.arange(low, high, device=tokens.device)) for low, high in calls], 1
     )
@@ -83,8 +84,8 @@ class Divergence:
             for tokens, expected in zip(self._texts, self._expected, strict=True):
                 logits = _all_logits(program, tokens, self._block).flatten(0, 1)
                 for rows, wanted in zip(logits.split(_ROWS), expected.flatten(0, 1).split(_ROWS), strict=True):
-                    found = rows.float().log_softmax(-1)
-                    total += float(functional.kl_div(found, wanted.float().log_softmax(-1), reduction="sum", log_target=True))
+                    found, wanted = rows.float().log_softmax(-1), wanted.float().log_softmax(-1)
+                    total += float(functional.kl_div(found, wanted, reduction="sum", log_target=True))
                 count += tokens.numel()
         return total / count
 

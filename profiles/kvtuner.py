@@ -1,4 +1,4 @@
-"""KVTuner (Huawei Noah's Ark and CUHK, ICML 2025): how many bits each layer's keys and values need, found once, offline.
+"""KVTuner (Huawei Noah's Ark and CUHK, ICML 2025): the bits of each layer's keys and values, found once, offline.
 
 1. Sensitivity: what quantizing one layer's keys and values to each of nine pairs of 8, 4 and 2 bits does to its output
    (`cache_sensitivity.py`). Keys matter more: their error stands in an exponent.
@@ -25,7 +25,7 @@ from ..kernels.packed_cache import BITS, FORMS, Packing
 from ..passes.decision import Decision
 from ..patterns.cache import CacheSite
 from ..patterns.graph import shape_of
-from .cache_groups import Group, group_layers
+from .cache_groups import Group, group_layers, predicted_choices
 from .cache_sensitivity import Sensitivity, measure_sensitivity
 from .decode_loss import Divergence, block_of, decode_loss
 from .method import Context, Method
@@ -45,7 +45,7 @@ class KVTuner(Method):
         description="What shares a scale: all channels of a token; or as in KIVI, 32 tokens of a key channel and 32"
         " channels of a value, with the last block of tokens in float16.",
     )
-    trials: int = Field(100, ge=1, description="Evaluations of the search; 100 in the authors' script.")
+    trials: int = Field(100, ge=1, description="Tables that the search evaluates; 100 trials in the authors' script.")
     groups: int = Field(8, ge=1, description="Most groups of layers that get one pair each; 4 to 8 in the paper.")
     objective: Literal["loss", "divergence"] | Callable[[Any], float] = Field(
         "loss",
@@ -66,7 +66,9 @@ class KVTuner(Method):
     def _known_bits(cls, table: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
         for layer, pair in enumerate(table or ()):
             if pair != (16, 16) and not set(pair) <= set(BITS):
-                raise ValueError(f"layer {layer} has {pair[0]} and {pair[1]} bits; there are 8, 4, 2 and the pair 16, 16")
+                raise ValueError(
+                    f"layer {layer} has {pair[0]} and {pair[1]} bits; there are 8, 4, 2 and the pair 16, 16"
+                )
         return table
 
     def decide(self, context: Context) -> list[Decision]:
@@ -128,6 +130,7 @@ class KVTuner(Method):
                 trials=self.trials,
                 seed=self.seed,
                 sampler=self.sampler,
+                starts=predicted_choices(groups, layers),
                 study=self.study,
                 on_step=context.progress.step,
             )
@@ -202,8 +205,7 @@ def _record(
             {f"K{k}V{v}": layer.error((k, v)) for k, v in sorted(layer.output, reverse=True)} for layer in layers
         ],
         "groups": [
-            {"layers": list(group.layers), "candidates": [f"K{k}V{v}" for k, v in group.candidates]}
-            for group in groups
+            {"layers": list(group.layers), "candidates": [f"K{k}V{v}" for k, v in group.candidates]} for group in groups
         ],
         "trials": [{"bits": trial.bits, "value": trial.objective} for trial in trials],
         "front": [

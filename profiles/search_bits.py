@@ -1,9 +1,11 @@
 """The search for one pair a group: least objective and least mean bits, under a limit on the mean bits.
 
-NSGA-II (optuna) over one integer a group. Tables that were tried are not evaluated again. The study can be kept in a
-file, from which an interrupted search goes on.
+NSGA-II (optuna) over one integer a group, from uniform tables and from those that the layers' own errors say are good.
+Tables that were tried are not evaluated again, and do not count. The study can be kept in a file, from which an
+interrupted search goes on.
 
 Source: KVTuner (Li et al. 2025, arXiv 2502.04420), section 5.4: multi-objective search, constraint mean bits <= limit.
+The tables to start from are this implementation's.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def search_bits(
     trials: int,
     seed: int,
     sampler: Sampler = "nsga2",
+    starts: Sequence[Sequence[int]] = (),
     study: Path | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Trial]:
@@ -50,14 +53,17 @@ def search_bits(
         groups: The choices.
         evaluate: The objective of a table, lower is better.
         limit: Most mean bits of a table that may be chosen; others are tried too, they show the way.
-        trials: Evaluations, those that `study` holds already included.
+        trials: Different tables that are evaluated, those that `study` holds included; fewer where there are no more or
+            the sampler finds none.
         seed: Of the sampler.
-        sampler: "random" draws at random, for comparison.
+        sampler: "random" draws all tables at random, for comparison.
+        starts: Tables to begin with beside uniform ones, as a place among the candidates for each group; of many, some
+            of all sizes.
         study: File that keeps the study.
         on_step: Called after each trial.
 
     Returns:
-        All trials, in order; the same table may be among them more than once.
+        The evaluated tables, in order.
 
     Raises:
         InvalidArgument: No table keeps the limit, or the file holds the study of another search.
@@ -68,28 +74,26 @@ def search_bits(
     if least / layers > limit:
         raise InvalidArgument(f"no table has {limit} mean bits; the least is {least / layers:.2f}")
     optuna = _optuna()
-    opened = _open(optuna, groups, sampler, seed, limit, study)
-    known: dict[Table, float] = {}
-    done = [trial for trial in opened.trials if trial.state.is_finished() and trial.values is not None]
-    for trial in done:
-        known[_table(groups, trial.params)] = trial.values[0]
+    opened = _open(optuna, groups, sampler, seed, study)
+    known = {_table(groups, t.params): t.values[0] for t in opened.trials if t.values is not None}
 
     def objective(trial: Any) -> tuple[float, float]:
-        choices = {
-            f"group{n}": trial.suggest_int(f"group{n}", 0, len(g.candidates) - 1) for n, g in enumerate(groups)
-        }
+        choices = {f"group{n}": trial.suggest_int(f"group{n}", 0, len(g.candidates) - 1) for n, g in enumerate(groups)}
         table = _table(groups, choices)
+        trial.set_constraint("bits", table_bits(table) - limit)
         if table not in known:
             known[table] = float(evaluate(table))
-        on_step()
+            on_step()
+        if len(known) >= trials:
+            opened.stop()
         return known[table], table_bits(table)
 
-    if not opened.trials:
-        for choices in _uniform(groups):
-            opened.enqueue_trial(choices)
-    opened.optimize(objective, n_trials=max(trials - len(done), 0))
-    finished = [trial for trial in opened.trials if trial.values is not None]
-    return [Trial(_table(groups, trial.params), trial.values[1], trial.values[0]) for trial in finished]
+    if not opened.trials and sampler != "random":
+        for choices in [*_uniform(groups), *_spread(starts, trials // 4)]:
+            opened.enqueue_trial(choices, skip_if_exists=True)
+    if len(known) < trials:
+        opened.optimize(objective, n_trials=_PATIENCE * trials)
+    return [Trial(table, table_bits(table), value) for table, value in known.items()]
 
 
 def table_bits(table: Table) -> float:
@@ -130,9 +134,14 @@ def _table(groups: Sequence[Group], choices: dict[str, int]) -> Table:
 def _uniform(groups: Sequence[Group]) -> list[dict[str, int]]:
     """The tables nearest to one pair for all layers: where the search starts."""
     pairs = sorted({pair for group in groups for pair in group.candidates}, key=lambda pair: (-mean_bits(pair), pair))
-    return [
-        {f"group{n}": _nearest(group.candidates, pair) for n, group in enumerate(groups)} for pair in pairs
-    ]
+    return [{f"group{n}": _nearest(group.candidates, pair) for n, group in enumerate(groups)} for pair in pairs]
+
+
+def _spread(starts: Sequence[Sequence[int]], most: int) -> list[dict[str, int]]:
+    """At most so many of the tables, evenly from all of them."""
+    count = min(most, len(starts))
+    chosen = [starts[(2 * n + 1) * len(starts) // (2 * count)] for n in range(count)]
+    return [{f"group{n}": choice for n, choice in enumerate(table)} for table in chosen]
 
 
 def _nearest(candidates: Sequence[Pair], pair: Pair) -> int:
@@ -140,9 +149,7 @@ def _nearest(candidates: Sequence[Pair], pair: Pair) -> int:
     return distances.index(min(distances))
 
 
-def _open(
-    optuna: Any, groups: Sequence[Group], sampler: Sampler, seed: int, limit: float, path: Path | None
-) -> Any:
+def _open(optuna: Any, groups: Sequence[Group], sampler: Sampler, seed: int, path: Path | None) -> Any:
     """The study, with what it is for noted in it."""
     about = json.dumps([[group.layers, group.candidates] for group in groups])
     mark = hashlib.sha256(about.encode()).hexdigest()
@@ -159,22 +166,19 @@ def _open(
         raise InvalidArgument(f"{path} holds the study of another search; give another file")
     study.set_user_attr("search", mark)
 
-    def constraint(trial: Any) -> tuple[float]:
-        return (table_bits(_table(groups, trial.params)) - limit,)
-
     # A resumed study must not draw the same numbers again.
     seed += 1000 * len(study.trials)
     if sampler == "random":
         study.sampler = optuna.samplers.RandomSampler(seed=seed)
     else:
-        study.sampler = optuna.samplers.NSGAIISampler(
-            population_size=_POPULATION, seed=seed, constraints_func=constraint
-        )
+        study.sampler = optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
     return study
 
 
 _POPULATION = 20
 """Five generations in 100 trials; optuna's 50 would be two."""
+_PATIENCE = 4
+"""How many tables are drawn, for each one that is to be evaluated, before the search ends."""
 
 
 def _optuna() -> Any:
