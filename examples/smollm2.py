@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 
 import torch
+from rich.console import Console
 
 import graphwright as gw
+from graphwright.examples.compare_caches import compare_caches
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import perplexity, read_text, token_windows
 
@@ -31,6 +33,9 @@ def main() -> None:
         return program(tokens, torch.arange(tokens.shape[1]))
 
     windows = token_windows(tokenizer, read_text("evaluation"), 512, options.windows)
+    cache = next((d for d in program.decisions if d.status == "kept" and d.pass_name == "quantize_cache"), None)
+    if cache is not None:  # a prefill does not see what its cache becomes
+        Console().print(compare_caches(program, gw.optimize(captured), windows, cache.options["mode"]))
     print(f"perplexity {perplexity(logits, windows):.3f}, weights {program.weight_bytes() / 1e6:.1f} MB")
     prompt = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
     print(tokenizer.decode(program.generate(prompt, 20, eos_token_id=tokenizer.eos_token_id)[0]))
