@@ -17,6 +17,8 @@ Source: ``packed_cache.py``.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,6 @@ CONTRACT = Contract(
         "new": Argument("B H T D", FLOATS),
     },
     sizes={"D": Size(minimum=8, multiple_of=8), "bits": Size(one_of=(8, 4, 2))},
-    devices=("cpu",),
 )
 
 
@@ -57,6 +58,22 @@ def _fake(store: Tensor, positions: Tensor, new: Tensor, bits: int, form: str) -
     CONTRACT.require(store=store, positions=positions, new=new, bits=bits, proved=False)
     Packing(bits, form, int(new.shape[-1])).require()  # pyright: ignore[reportArgumentType] (checked there)
     return torch.empty_like(store)
+
+
+def _cuda(store: Tensor, positions: Tensor, new: Tensor, bits: int, form: Form) -> Tensor:
+    return _cuda_in_place(store.clone(), positions, new, bits, form)
+
+
+def _cuda_in_place(store: Tensor, positions: Tensor, new: Tensor, bits: int, form: Form) -> Tensor:
+    """The Triton kernels; positions are not looked at, since reading them would wait for the device."""
+    if find_spec("triton") is None:
+        raise missing_kernel(CONTRACT.operator, store.device, "triton is not installed (pip install triton)")
+    from .cache_append_triton import launch
+
+    CONTRACT.require(store=store, positions=positions, new=new, bits=bits, device=store.device)
+    Packing(bits, form, new.shape[-1]).require()
+    with torch.cuda.device(store.device):
+        return launch(store, positions, new, bits, form)
 
 
 def append(store: Tensor, positions: Tensor, new: Tensor, bits: int, form: Form) -> Tensor:
@@ -95,5 +112,7 @@ torch.library.define(
     "graphwright::cache_append_", "(Tensor(a!) store, Tensor positions, Tensor new, int bits, str form) -> Tensor(a!)"
 )
 torch.library.impl("graphwright::cache_append_", "cpu", append)
+torch.library.impl("graphwright::cache_append_", "cuda", _cuda_in_place)
 torch.library.impl("graphwright::cache_append", "cpu", reference)
+torch.library.impl("graphwright::cache_append", "cuda", _cuda)
 register(torch.ops.graphwright.cache_append.default, reference, CONTRACT)

@@ -132,6 +132,23 @@ class Packing:
         )
 
 
+def packings(
+    mode: str, key_bits: int, value_bits: int, head_dim: int, value_dim: int
+) -> tuple[Packing, Packing]:
+    """How keys and values are packed in a mode.
+
+    Raises:
+        InvalidArgument: An unknown mode, or what a `Packing` refuses.
+    """
+    if mode not in FORMS:
+        raise InvalidArgument(f"packed cache: got mode {mode!r}, expected {' or '.join(FORMS)}")
+    key_form, value_form = FORMS[mode]
+    both = Packing(key_bits, key_form, head_dim), Packing(value_bits, value_form, value_dim)
+    for packing in both:
+        packing.require()
+    return both
+
+
 def quantize(x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     """Codes uint8 [..., T, D bits / 8] and steps float16 [..., 2] of tokens [..., T, D] in any float dtype.
 

@@ -19,12 +19,14 @@ rounding of sums of D and of positions[i] terms.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
 from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
-from .packed_cache import FORMS, GROUP, Packing, dequantize
+from .packed_cache import GROUP, Packing, dequantize, packings
 from .quantized_cache_attention_cpu import attend
 
 CONTRACT = Contract(
@@ -43,7 +45,6 @@ CONTRACT = Contract(
         "value_bits": Size(one_of=(8, 4, 2)),
         "window": Size(minimum=0),
     },
-    devices=("cpu",),
 )
 
 
@@ -60,7 +61,7 @@ def reference(
     window: int = 0,
 ) -> Tensor:
     """The formula: everything dequantized, one softmax."""
-    keys_as, values_as = packings(query, key_bits, value_bits, mode, value_dim)
+    keys_as, values_as = packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
     cut = int(positions[-1]) // GROUP * GROUP if len(positions) else 0
     keys, values = _whole(key, keys_as, cut), _whole(value, values_as, cut)
     repeats = query.shape[1] // key.shape[1]
@@ -120,7 +121,7 @@ def _fake(
     window: int = 0,
 ) -> Tensor:
     _require(query, key, value, positions, key_bits, value_bits, value_dim, window, proved=False)
-    packings(query, key_bits, value_bits, mode, value_dim)
+    packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
     return query.new_empty((*query.shape[:3], value_dim))
 
 
@@ -138,7 +139,7 @@ def _cpu(
 ) -> Tensor:
     """In blocks: see ``quantized_cache_attention_cpu.py``."""
     _require(query, key, value, positions, key_bits, value_bits, value_dim, window)
-    keys_as, values_as = packings(query, key_bits, value_bits, mode, value_dim)
+    keys_as, values_as = packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
     capacity = min(keys_as.capacity(key.shape[-1]), values_as.capacity(value.shape[-1]))
     if len(positions) and not 0 <= int(positions[0]) <= int(positions[-1]) < capacity:
         raise InvalidArgument(
@@ -148,19 +149,29 @@ def _cpu(
     return attend(query, keys_as.planes(key), values_as.planes(value), positions, keys_as, values_as, scale, window)
 
 
-def packings(query: Tensor, key_bits: int, value_bits: int, mode: str, value_dim: int) -> tuple[Packing, Packing]:
-    """How keys and values are packed.
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    key_bits: int,
+    value_bits: int,
+    mode: str,
+    value_dim: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """The Triton kernels; positions are not looked at, since reading them would wait for the device."""
+    if find_spec("triton") is None:
+        raise missing_kernel(CONTRACT.operator, query.device, "triton is not installed (pip install triton)")
+    from .quantized_cache_attention_triton import launch
 
-    Raises:
-        InvalidArgument: An unknown mode, or what a `Packing` refuses.
-    """
-    if mode not in FORMS:
-        raise InvalidArgument(f"quantized_cache_attention: got mode {mode!r}, expected {' or '.join(FORMS)}")
-    key_form, value_form = FORMS[mode]
-    both = Packing(key_bits, key_form, int(query.shape[-1])), Packing(value_bits, value_form, value_dim)
-    for packing in both:
-        packing.require()
-    return both
+    _require(query, key, value, positions, key_bits, value_bits, value_dim, window)
+    if (reason := CONTRACT.check_device(query.device)) is not None:
+        raise missing_kernel(CONTRACT.operator, query.device, reason)
+    packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
+    with torch.cuda.device(query.device):
+        return launch(query, key, value, positions, key_bits, value_bits, mode, value_dim, scale, window)
 
 
 def _require(
@@ -189,4 +200,5 @@ def _require(
 
 
 torch.library.impl("graphwright::quantized_cache_attention", "cpu", _cpu)
+torch.library.impl("graphwright::quantized_cache_attention", "cuda", _cuda)
 register(torch.ops.graphwright.quantized_cache_attention.default, reference, CONTRACT)

@@ -6,17 +6,19 @@ a group is a whole token its scale and minimum are taken out of the products,
     q . k'        = scale (q . code) + minimum (sum_c q_c)
     sum_j w_j v'_j = sum_j (w_j scale_j) code_j + sum_j w_j minimum_j
 
-so that the codes need one conversion each and no arithmetic; the other forms are dequantized.
+so that the codes need one conversion each and no arithmetic; the other forms are dequantized, block by block. Nor are
+codes shifted: what stands higher in a byte is a power of two too large, which the queries and the sums take back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .packed_cache import GROUP, Packing, Planes, dequantize
+from .packed_cache import GROUP, Packing, Planes
 
 TOKENS = 1024
 """Keys or values of a block: 3 heads of 64 channels in float32 are 0.8 MB, within a core's second-level cache."""
@@ -43,24 +45,50 @@ def attend(
     first, last = int(positions[0]), int(positions[-1])
     cut = last // GROUP * GROUP if keys_as.has_tail else last + 1
     # One piece of memory for the codes of all blocks: fresh pages cost as much as the conversion.
-    scratch = torch.empty(batch * groups * min(TOKENS, last + 1) * max(dim, values_as.head_dim))
+    scratch = torch.empty(batch * groups * min(TOKENS, last + GROUP) * max(dim, values_as.head_dim))
     for start in range(0, count, QUERIES):
         stop = min(start + QUERIES, count)
         rows = query[:, :, start:stop].float().mul(scale)
         rows = rows.reshape(batch, groups, -1, dim)
         seen = first + stop
         begin = max(0, first + start - window + 1) if window else 0
-        scores = rows.new_empty(*rows.shape[:3], seen - begin)
-        for low, high in _blocks(begin, seen, cut, keys_as):
-            scores[..., low - begin : high - begin] = _dot(rows, keys, keys_as, low, high, cut, scratch)
+        scores = _scores(rows, keys, keys_as, begin, seen, cut, scratch)
         if stop - start > 1:
             _hide(scores.unflatten(2, (-1, stop - start)), first + start, begin, window)
-        weights = scores.softmax(-1)
-        result = rows.new_zeros(*rows.shape[:3], values_as.head_dim)
-        for low, high in _blocks(begin, seen, cut, values_as):
-            _add_values(result, weights[..., low - begin : high - begin], values, values_as, low, high, cut, scratch)
+        result = _weigh(scores.softmax(-1), values, values_as, begin, seen, cut, scratch)
         output[:, :, start:stop] = result.view(batch, heads, stop - start, -1)
     return output
+
+
+def _scores(
+    rows: Tensor, planes: Planes, packing: Packing, begin: int, stop: int, cut: int, scratch: Tensor
+) -> Tensor:
+    """Scores [B, H, rows, stop - begin] of scaled queries [B, H, rows, D]."""
+    scores = rows.new_empty(*rows.shape[:3], stop - begin)
+    total = rows.sum(-1, keepdim=True)
+    rows = rows if packing.has_tail else rows * _units(packing)
+    for low, high in _blocks(begin, stop, cut, packing):
+        tokens = _tokens(planes, packing, low, high, cut, scratch)
+        scores[..., low - begin : high - begin] = rows @ tokens.mT
+    if packing.has_tail:
+        return scores
+    scale, minimum = _steps(planes, begin, stop)
+    return scores.mul_(scale).addcmul_(total, minimum)
+
+
+def _weigh(
+    weights: Tensor, planes: Planes, packing: Packing, begin: int, stop: int, cut: int, scratch: Tensor
+) -> Tensor:
+    """The sum [B, H, rows, E] of values with weights [B, H, rows, stop - begin]."""
+    result = weights.new_zeros(*weights.shape[:3], packing.head_dim)
+    least = None
+    if not packing.has_tail:
+        scale, minimum = _steps(planes, begin, stop)
+        least = (weights * minimum).sum(-1, keepdim=True)
+        weights = weights * scale
+    for low, high in _blocks(begin, stop, cut, packing):
+        result += weights[..., low - begin : high - begin] @ _tokens(planes, packing, low, high, cut, scratch)
+    return result if least is None else torch.addcmul(least, result, _units(packing))
 
 
 def _blocks(begin: int, stop: int, cut: int, packing: Packing) -> Iterator[tuple[int, int]]:
@@ -74,27 +102,6 @@ def _blocks(begin: int, stop: int, cut: int, packing: Packing) -> Iterator[tuple
         yield max(cut, begin), stop
 
 
-def _dot(rows: Tensor, planes: Planes, packing: Packing, low: int, high: int, cut: int, scratch: Tensor) -> Tensor:
-    """Scores [B, H, rows, high - low] of scaled queries [B, H, rows, D]."""
-    if packing.has_tail:
-        return rows @ _tokens(planes, packing, low, high, cut).mT
-    scale, minimum = _steps(planes, low, high)
-    scores = rows @ _codes(planes, packing, low, high, scratch).mT
-    return scores.mul_(scale).addcmul_(rows.sum(-1, keepdim=True), minimum)
-
-
-def _add_values(
-    result: Tensor, weights: Tensor, planes: Planes, packing: Packing, low: int, high: int, cut: int, scratch: Tensor
-) -> None:
-    """Add what tokens contribute, with weights [B, H, rows, high - low], to the result [B, H, rows, E]."""
-    if packing.has_tail:
-        result += weights @ _tokens(planes, packing, low, high, cut)
-        return
-    scale, minimum = _steps(planes, low, high)
-    result += (weights * scale) @ _codes(planes, packing, low, high, scratch)
-    result += (weights * minimum).sum(-1, keepdim=True)
-
-
 def _steps(planes: Planes, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Scale and minimum [B, H, 1, high - low] of tokens that are a group each."""
     scale, minimum = planes.steps[:, :, None, low:high, 0].float().unbind(-1)
@@ -102,27 +109,40 @@ def _steps(planes: Planes, low: int, high: int) -> tuple[Tensor, Tensor]:
 
 
 def _codes(planes: Planes, packing: Packing, low: int, high: int, scratch: Tensor) -> Tensor:
-    """Codes as float32 [B, H, high - low, D], in the scratch memory."""
+    """Codes over `_units` as float32 [B, H, high - low, D], in the scratch memory: masked, not shifted."""
     packed, bits = planes.codes[:, :, low:high], packing.bits
-    shape = (*packed.shape[:3], packing.head_dim)
-    codes = scratch[: packed.numel() * 8 // bits].view(shape)
-    for part, out in enumerate(codes.split(packing.row, -1)):
-        shifted = packed if part == 0 else packed >> (bits * part)
-        # The highest bits have nothing above them.
-        out.copy_(shifted if bits * (part + 1) == 8 else shifted & (2**bits - 1))
+    codes = scratch[: packed.numel() * 8 // bits].view(*packed.shape[:3], packing.head_dim)
+    if bits == 8:
+        return codes.copy_(packed)
+    for part in range(8 // bits):
+        mask = (2**bits - 1) << (bits * part)
+        codes[..., part * packing.row : (part + 1) * packing.row].copy_(packed & mask)
     return codes
 
 
-def _tokens(planes: Planes, packing: Packing, low: int, high: int, cut: int) -> Tensor:
-    """Tokens as float32 [B, H, high - low, D]."""
-    if low >= cut:
-        assert planes.tail is not None
+@cache
+def _units(packing: Packing) -> Tensor:
+    """float32 [D]: what one step of each channel's bits is worth where they stand in their byte, inverted."""
+    parts = [2.0 ** -(packing.bits * part) for part in range(8 // packing.bits)]
+    return torch.tensor(parts, device="cpu").repeat_interleave(packing.row)
+
+
+def _tokens(planes: Planes, packing: Packing, low: int, high: int, cut: int, scratch: Tensor) -> Tensor:
+    """Tokens as float32 [B, H, high - low, D]; where a group is a whole token, their codes over `_units`."""
+    if low >= cut and planes.tail is not None:
         return planes.tail[:, :, low - cut : high - cut].float()
-    if packing.form != "per_channel":
-        return dequantize(planes.codes[:, :, low:high], planes.steps[:, :, low:high], packing)
+    if packing.form == "per_token":
+        return _codes(planes, packing, low, high, scratch)
     start, stop = low // GROUP, -(-high // GROUP)
-    block = dequantize(planes.codes[:, :, start * GROUP : stop * GROUP], planes.steps[:, :, start:stop], packing)
-    return block[:, :, low - start * GROUP : high - start * GROUP]
+    codes = _codes(planes, packing, start * GROUP, stop * GROUP, scratch)
+    if packing.bits < 8:
+        codes.mul_(_units(packing))
+    # The dimension of a group's members: 32 tokens of a channel, or 32 channels of a token.
+    dim, unit = (2, GROUP) if packing.form == "per_channel" else (3, 1)
+    grouped = codes.unflatten(dim, (-1, GROUP))
+    scale, minimum = planes.steps[:, :, start * GROUP // unit : stop * GROUP // unit].float().unbind(-1)
+    grouped.mul_(scale.unsqueeze(dim + 1)).add_(minimum.unsqueeze(dim + 1))
+    return codes[:, :, low - start * GROUP : high - start * GROUP]
 
 
 def _hide(scores: Tensor, first: int, begin: int, window: int) -> None:

@@ -1,0 +1,188 @@
+"""The Triton kernels of `quantized_cache_attention`: the keys of a head are split among programs, then put together.
+
+A program takes the queries of one head of keys (all its query heads, so that bytes are read once for a group) and one
+part of the tokens. It unpacks codes in registers, keeps a running maximum and sum (online softmax), and leaves its part
+unnormalised; a second kernel weighs the parts. Where the tokens end is read on the device, so a decode step is one
+static graph. For several new tokens, as in an extension of the cache, the same kernels take blocks of queries.
+
+Imported where there is Triton only. Source of the split: Flash-Decoding (Dao et al. 2023).
+"""
+
+# ruff: noqa: ANN001, ANN202 (the arguments of Triton kernels are pointers and scalars that Triton types itself)
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cache_append_triton import FORM_NUMBERS
+from .packed_cache import Packing, packings
+
+_jit: Callable[..., Any] = triton.jit
+BLOCK_T = 32
+"""Tokens that a program unpacks at a time: with 64, heads of 128 channels spill registers on sm_80."""
+
+
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    key_bits: int,
+    value_bits: int,
+    mode: str,
+    value_dim: int,
+    scale: float,
+    window: int = 0,
+) -> Tensor:
+    """Attend, arguments unchecked, on the query's device (the CPU under TRITON_INTERPRET=1)."""
+    batch, query_heads, count, dim = query.shape
+    heads, width = key.shape[1], value_dim
+    keys_as, values_as = packings(mode, key_bits, value_bits, dim, value_dim)
+    y = query.new_empty(batch, query_heads, count, width)
+    if y.numel() == 0:
+        return y
+    rows = count * query_heads // heads
+    block_r = max(16, min(64, triton.next_power_of_2(rows)))
+    blocks = triton.cdiv(rows, block_r)
+    splits = choose_splits(batch * heads * blocks, keys_as.capacity(key.shape[-1]))
+    part = torch.empty(batch * heads, splits, rows, width, dtype=torch.float32, device=query.device)
+    peak, total = (torch.empty(part.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
+    (k_codes, k_steps, k_tail), (v_codes, v_steps, v_tail) = _pointers(key, keys_as), _pointers(value, values_as)
+    sizes = {
+        "DIM": dim, "WIDTH": width, "KEY_BITS": keys_as.bits, "VALUE_BITS": values_as.bits,
+        "KEY_FORM": FORM_NUMBERS[keys_as.form], "VALUE_FORM": FORM_NUMBERS[values_as.form],
+        "BLOCK_R": block_r, "BLOCK_T": BLOCK_T, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_E": max(16, triton.next_power_of_2(width)),
+    }  # fmt: skip
+    _part_kernel[(batch * heads, blocks, splits)](
+        query.contiguous(), k_codes, k_steps, k_tail, v_codes, v_steps, v_tail, positions, part, peak, total,
+        scale, count, window, query_heads // heads, key.shape[-1], value.shape[-1], splits, **sizes, num_warps=4,
+        num_stages=2,
+    )  # fmt: skip
+    _join_kernel[(batch * heads, rows)](
+        part, peak, total, y, count, rows, splits, WIDTH=width, BLOCK_E=sizes["BLOCK_E"],
+        BLOCK_S=triton.next_power_of_2(splits), num_warps=1,
+    )  # fmt: skip
+    return y
+
+
+def choose_splits(programs: int, tokens: int) -> int:
+    """Parts of the tokens: enough programs for about two a multiprocessor of a large GPU (132), of four blocks each."""
+    return max(1, min(triton.cdiv(264, programs), triton.cdiv(tokens, 4 * BLOCK_T), 64))
+
+
+def _pointers(store: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+    planes = packing.planes(store)
+    return planes.codes, planes.steps, planes.steps if planes.tail is None else planes.tail
+
+
+@_jit
+def _tokens(
+    codes, steps, tail, t, ok, cut,
+    DIM: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tokens `t` as float32 [tokens, BLOCK]; zero where not `ok`."""
+    ROW: tl.constexpr = DIM * BITS // 8
+    channel = tl.arange(0, BLOCK)
+    mask = ok[:, None] & (channel < DIM)[None, :]
+    byte = tl.load(codes + t[:, None] * ROW + (channel % ROW)[None, :], mask=mask, other=0).to(tl.int32)
+    code = (byte >> (channel // ROW * BITS)[None, :]) & ((1 << BITS) - 1)
+    if FORM == 0:
+        scale = tl.load(steps + 2 * t, mask=ok, other=0.0).to(tl.float32)[:, None]
+        low = tl.load(steps + 2 * t + 1, mask=ok, other=0.0).to(tl.float32)[:, None]
+    else:
+        if FORM == 1:
+            place = (t // 32 * DIM)[:, None] + channel[None, :]
+        else:
+            place = (t * (DIM // 32))[:, None] + (channel // 32)[None, :]
+        scale = tl.load(steps + 2 * place, mask=mask, other=0.0).to(tl.float32)
+        low = tl.load(steps + 2 * place + 1, mask=mask, other=0.0).to(tl.float32)
+    x = tl.where(mask, code.to(tl.float32) * scale + low, 0.0)
+    if FORM != 0:
+        late = mask & (t >= cut)[:, None]
+        kept = tl.load(tail + (t - cut)[:, None] * DIM + channel[None, :], mask=late, other=0.0)
+        x = tl.where(late, kept.to(tl.float32), x)
+    return x
+
+
+@_jit
+def _part_kernel(
+    query, k_codes, k_steps, k_tail, v_codes, v_steps, v_tail, positions, part, peak, total,
+    scale, count, window, group, key_size, value_size, splits,
+    DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    KEY_FORM: tl.constexpr, VALUE_FORM: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Row r of a head is query r // group of its query head r % group: a program's queries are neighbours."""
+    head, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = count * group
+    first = tl.load(positions)
+    cut = (first + count - 1) // 32 * 32
+    at = first + row // group
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    place = (head * group + row % group) * count + row // group
+    q_mask = (row < rows)[:, None] & (d < DIM)[None, :]
+    q = tl.load(query + place[:, None] * DIM + d[None, :], mask=q_mask, other=0.0)
+    begin = tl.zeros([], tl.int64)
+    if window > 0:
+        begin = tl.maximum(first + tl.program_id(1) * BLOCK_R // group - window + 1, begin)
+    end = first + tl.minimum((tl.program_id(1) * BLOCK_R + BLOCK_R - 1) // group, count - 1) + 1
+    share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_T) * BLOCK_T
+    low = begin + split * share
+    high = tl.minimum(low + share, end)
+    k_codes += head * key_size
+    k_steps += head * (key_size // 2)
+    k_tail += head * (key_size // 2)
+    v_codes += head * value_size
+    v_steps += head * (value_size // 2)
+    v_tail += head * (value_size // 2)
+    most = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_R], tl.float32)
+    result = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
+    for start in range(low, high, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        ok = t < high
+        k = _tokens(k_codes, k_steps, k_tail, t, ok, cut, DIM, KEY_BITS, KEY_FORM, BLOCK_D).to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        seen = ok[None, :] & (t[None, :] <= at[:, None])
+        if window > 0:
+            seen = seen & (t[None, :] > at[:, None] - window)
+        s = tl.where(seen, s, float("-inf"))
+        higher = tl.maximum(most, tl.max(s, 1))
+        # A row that has seen nothing yet has no maximum; its weights are zero.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        p = tl.exp(s - base[:, None])
+        shrink = tl.exp(most - base)
+        weight = weight * shrink + tl.sum(p, 1)
+        v = _tokens(v_codes, v_steps, v_tail, t, ok, cut, WIDTH, VALUE_BITS, VALUE_FORM, BLOCK_E).to(q.dtype)
+        result = result * shrink[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
+        most = higher
+    place = (head * splits + split) * rows + row
+    tl.store(peak + place, most, mask=row < rows)
+    tl.store(total + place, weight, mask=row < rows)
+    out = part + place[:, None] * WIDTH + e[None, :]
+    tl.store(out, result, mask=(row < rows)[:, None] & (e < WIDTH)[None, :])
+
+
+@_jit
+def _join_kernel(
+    part, peak, total, y, count, rows, splits, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """One row: its parts, each weighed by how far its maximum is below the highest."""
+    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    split, e = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_E)
+    place = (head * splits + split) * rows + row
+    most = tl.load(peak + place, mask=split < splits, other=float("-inf"))
+    factor = tl.exp(most - tl.max(most, 0))
+    weight = tl.sum(tl.load(total + place, mask=split < splits, other=0.0) * factor, 0)
+    mask = (split < splits)[:, None] & (e < WIDTH)[None, :]
+    x = tl.sum(tl.load(part + place[:, None] * WIDTH + e[None, :], mask=mask, other=0.0) * factor[:, None], 0) / weight
+    group = rows // count
+    out = (head * group + row % group) * count + row // group
+    tl.store(y + out * WIDTH + e, x.to(y.dtype.element_ty), mask=e < WIDTH)
