@@ -68,7 +68,7 @@ def _quantize_kernel(
 ):  # fmt: skip
     """One block of 32 tokens: the steps of its groups are stored first, then read by each channel's place in a byte."""
     head = tl.program_id(0).to(tl.int64)
-    first = tl.load(positions)
+    first = tl.load(positions).to(tl.int32)
     base = (first // 32 + tl.program_id(1)) * 32
     stop = first + count
     tokens = base + tl.arange(0, 32)
@@ -127,7 +127,7 @@ def _quantize_kernel(
 def _tail_kernel(tail, new, positions, count, size, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """The new tokens of the last block, in float16; after the blocks, since they read what the tail held."""
     head = tl.program_id(0).to(tl.int64)
-    first = tl.load(positions)
+    first = tl.load(positions).to(tl.int32)
     base = (first + count - 1) // 32 * 32
     t, channel = (base + tl.arange(0, 32))[:, None], tl.arange(0, BLOCK_D)[None, :]
     ok = (t >= first) & (t < first + count) & (channel < DIM)

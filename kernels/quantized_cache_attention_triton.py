@@ -61,14 +61,19 @@ def launch(
     }  # fmt: skip
     _part_kernel[(batch * heads, blocks, splits)](
         query.contiguous(), k_codes, k_steps, k_tail, v_codes, v_steps, v_tail, positions, part, peak, total,
-        scale, count, window, query_heads // heads, key.shape[-1], value.shape[-1], splits, **sizes, num_warps=4,
-        num_stages=2,
+        scale, count, window, query_heads // heads, key.shape[-1], value.shape[-1], splits, **sizes,
+        num_warps=warps_for(block_r), num_stages=2,
     )  # fmt: skip
     _join_kernel[(batch * heads, rows)](
         part, peak, total, y, count, rows, splits, WIDTH=width, BLOCK_E=sizes["BLOCK_E"],
         BLOCK_S=triton.next_power_of_2(splits), num_warps=1,
     )  # fmt: skip
     return y
+
+
+def warps_for(block_r: int) -> int:
+    """Warps of a program: 64 rows of 128 channels spill registers with 4."""
+    return 4 if block_r <= 16 else 8
 
 
 def choose_splits(programs: int, tokens: int) -> int:
@@ -122,14 +127,15 @@ def _part_kernel(
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = count * group
-    first = tl.load(positions)
+    # Offsets in a head fit 32 bits; as 64 they would fill the registers.
+    first = tl.load(positions).to(tl.int32)
     cut = (first + count - 1) // 32 * 32
     at = first + row // group
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     place = (head * group + row % group) * count + row // group
     q_mask = (row < rows)[:, None] & (d < DIM)[None, :]
     q = tl.load(query + place[:, None] * DIM + d[None, :], mask=q_mask, other=0.0)
-    begin = tl.zeros([], tl.int64)
+    begin = 0
     if window > 0:
         begin = tl.maximum(first + tl.program_id(1) * BLOCK_R // group - window + 1, begin)
     end = first + tl.minimum((tl.program_id(1) * BLOCK_R + BLOCK_R - 1) // group, count - 1) + 1

@@ -115,7 +115,7 @@ def _part(sm: int, mode: str, bits: tuple[int, int], dim: int, rows: int, dtype:
         "DIM": dim, "WIDTH": dim, "KEY_BITS": bits[0], "VALUE_BITS": bits[1], "KEY_FORM": forms[0],
         "VALUE_FORM": forms[1], "BLOCK_R": rows, "BLOCK_T": 32, "BLOCK_D": dim, "BLOCK_E": dim,
     }  # fmt: skip
-    return Request(f"{ATTEND}:_part_kernel", signature, constants, sm, num_warps=4, num_stages=2)
+    return Request(f"{ATTEND}:_part_kernel", signature, constants, sm, num_warps=4 if rows <= 16 else 8, num_stages=2)
 
 
 def _append(sm: int, form: int, bits: int, dim: int) -> Request:
