@@ -190,6 +190,26 @@ def test_attention_that_returns_probabilities_is_no_site():
     assert any("probabilities" in refusal for refusal in refusals), refusals
 
 
+def test_a_mask_that_differs_between_queries_keeps_the_site_dense():
+    class Masked(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(2)
+            self.register_buffer("mask", torch.rand(FRAMES * FRAME, FRAMES * FRAME, generator=generator) > 0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = (
+                F.linear(x, weight).view(x.shape[0], x.shape[1], 3, 64).transpose(1, 2) for weight in self.weights
+            )
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
+
+    model, x = Masked().eval(), planted()
+    (decision,) = (program := optimize(model, (x,), grid=GRID)).decisions
+    assert decision.status == "refused"
+    assert "the mask is not the same for all queries" in decision.reason
+    torch.testing.assert_close(program(x), model(x))
+
+
 def test_attention_with_dropout_is_refused_when_it_is_captured():
     class Dropping(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
