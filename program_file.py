@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def save(program: Program, path: str | Path) -> None:
         "program": document,
         "profile": program.profile.model_dump(mode="json"),
         "history": {
-            "passes": [asdict(record) for record in history.passes],
+            "passes": [_plain(record) for record in history.passes],
             "refusals": history.refusals,
             "before": history.before,
             "measured": history.measured,
@@ -84,6 +83,18 @@ def load(path: str | Path) -> Program:
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise InvalidFile(f"{path}: not a graphwright program: {type(error).__name__}: {error}") from error
     return Program(phases, inputs, kind, facts, profile, history)
+
+
+def _plain(record: PassRecord) -> dict[str, Any]:
+    """A record as JSON takes it: what a refusal saw may be a symbolic size, which is written as text."""
+    refusals = [
+        {**vars(refusal), "facts": {k: v if isinstance(v, _JSON) else str(v) for k, v in refusal.facts.items()}}
+        for refusal in record.refusals
+    ]
+    return {**vars(record), "refusals": refusals}
+
+
+_JSON = (str, int, float, type(None))
 
 
 def _record(values: dict[str, Any]) -> PassRecord:

@@ -116,14 +116,17 @@ def test_every_family_is_dense_with_full_lists_and_sparse_with_others(family):
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox", "hunyuan", "mochi"])
-def test_dynamic_frames_run_at_other_lengths(family):
+def test_dynamic_frames_run_at_other_lengths_and_are_saved(family, tmp_path):
     model, inputs = make(family, *GRID)
     program = optimize(gw.capture_denoiser(model, inputs, dynamic_frames=True), **FULL)
     assert kept(program)
     _, longer = make(family, 7, *GRID[1:])
     with torch.no_grad():
         expected = model(**longer, return_dict=False)[0]
-    torch.testing.assert_close(program(**longer), expected, rtol=1e-4, atol=1e-5)
+    got = program(**longer)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    program.save(tmp_path / "program.gw")
+    assert torch.equal(gw.load(tmp_path / "program.gw")(**longer), got)
 
 
 def test_the_first_steps_run_dense_also_for_a_guidance_batch():
