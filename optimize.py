@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from .capture import Captured, capture
 from .errors import InvalidArgument, InvalidType, VerificationError
 from .passes.assume_empty_cache import AssumeEmptyCache
+from .passes.base import pass_named
 from .passes.canonicalize import canonicalize
 from .passes.decision import Decision
 from .passes.dialects import TOLERANCE, largest_difference, run_functional
@@ -104,6 +105,8 @@ def optimize(
         context = Context(prepared.exported, prepared.sites, inputs, captured.facts)
         decisions = [decision for method in chosen for decision in method.decide(context)]
         _refuse_conflicts(decisions)
+        prepared.shared.update(context.tensors)
+        prepared = with_exact(prepared, decisions)
         result = Profile(
             fingerprint=found,
             methods=[{"name": method.name, "options": method.model_dump(mode="json")} for method in chosen],
@@ -112,6 +115,7 @@ def optimize(
             hardware=hardware(),
             data=data_hash(flat for items in inputs.values() for flat in items),
         )
+        result.tensors.update(context.tensors)
         if chosen:
             with bar.stage("measure"):
                 _measure(prepared, decisions, inputs, keep)
@@ -170,6 +174,38 @@ def prepare(captured: Captured) -> Prepared:
     prepared = Prepared(captured, phases, sites, records, shared)
     prepared.measured["prepare_seconds"] = time.perf_counter() - started
     return prepared
+
+
+def with_exact(prepared: Prepared, decisions: Sequence[Decision]) -> Prepared:
+    """Apply the decisions whose passes are exact, and find the sites anew: what is lossy is chosen on the result.
+
+    Args:
+        prepared: Canonical phases; they are not changed.
+        decisions: All decisions; the exact ones among those that are proposed or kept become kept.
+
+    Raises:
+        InvalidArgument: One cannot be applied. Others build on it, and phases share what it changes, so none may fail.
+    """
+    exact = [d for d in decisions if d.status in ("proposed", "kept") and is_exact(d)]
+    if not exact:
+        return prepared
+    phases = []
+    for phase in prepared.phases:
+        exported = copy_exported(phase.exported)
+        rewriting = apply_decisions(exported, phase.name, exact, prepared.shared)
+        for site, reason in rewriting.failed.items():
+            raise InvalidArgument(f"{site} cannot be rewritten as decided: {reason}")
+        rewriting.commit()
+        phases.append(Phase(phase.plan, exported))
+    for decision in exact:
+        decision.status = "kept"
+    sites = {phase.name: find_sites(GraphView(phase.exported), phase.name) for phase in phases}
+    return replace(prepared, phases=phases, sites=sites)
+
+
+def is_exact(decision: Decision) -> bool:
+    """Whether a decision's pass leaves the numbers as they are."""
+    return bool(pass_named(decision.pass_name, decision.options).exact)
 
 
 def _specialise(
@@ -316,7 +352,8 @@ def _build(prepared: Prepared, profile: Profile) -> Program:
     for phase in prepared.phases:
         exported = copy_exported(phase.exported)
         before[phase.name] = graph_text(exported)
-        rewriting = apply_decisions(exported, phase.name, profile.decisions, prepared.shared)
+        lossy = [decision for decision in profile.decisions if not is_exact(decision)]
+        rewriting = apply_decisions(exported, phase.name, lossy, prepared.shared)
         rewriting.commit()
         status |= dict.fromkeys(rewriting.changes, ("kept", ""))
         status |= {site: ("failed", reason) for site, reason in rewriting.failed.items()}
@@ -350,7 +387,8 @@ def _replay(prepared: Prepared, profile: Profile, found: Any) -> Program:
     for decision in profile.decisions:
         if decision.site not in known:
             raise InvalidArgument(f"the profile decides about {decision.site}, which this program does not have")
-    return _build(prepared, profile)
+    prepared.shared.update(profile.tensors)
+    return _build(with_exact(prepared, profile.decisions), profile)
 
 
 def _refuse_conflicts(decisions: Sequence[Decision]) -> None:

@@ -61,4 +61,4 @@ class QuantizeCache(SitePass[CacheSite]):
                 like=source,
                 before=source.next,
             )
-            edit.replace(node, rounded)
+            edit.replace(source, rounded)

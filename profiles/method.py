@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..errors import InvalidArgument
@@ -33,12 +34,14 @@ class Context:
         sites: Their sites.
         calibration: Flat inputs by phase, empty where the user gave none.
         facts: What capture knows of the model.
+        tensors: What the method's decisions name: rotations, rounded weights. The method fills it, the profile keeps it.
     """
 
     phases: Mapping[str, ExportedProgram]
     sites: Mapping[str, Sites]
     calibration: Mapping[str, Sequence[list[Any]]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method(BaseModel, ABC):
