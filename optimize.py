@@ -102,7 +102,7 @@ def optimize(
                 return _replay(prepared, profile if isinstance(profile, Profile) else Profile.load(profile), found)
         items = None if calibration is None else list(islice(calibration, 8))
         inputs = calibration_inputs(prepared.exported, captured.kind, captured.facts, items)
-        context = Context(prepared.exported, prepared.sites, inputs, captured.facts)
+        context = Context(prepared.exported, prepared.sites, inputs, captured.facts, progress=bar)
         decisions = [decision for method in chosen for decision in method.decide(context)]
         _refuse_conflicts(decisions)
         prepared.shared.update(context.tensors)

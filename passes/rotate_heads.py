@@ -23,7 +23,7 @@ from ..kernels import hadamard
 from ..patterns.attention import AttentionSite
 from ..patterns.flow import LINEAR
 from ..patterns.graph import Refusal, arguments
-from ..patterns.value_path import ValuePath, caches_by_attention, find_value_path, per_head
+from ..patterns.value_path import ValuePath, find_value_path, new_operand, per_head
 from .base import SitePass
 from .edit import Edit
 from .rotate import not_a_rotation
@@ -47,7 +47,7 @@ class RotateHeads(SitePass[AttentionSite]):
     def guard(self, site: AttentionSite, edit: Edit) -> str | None:
         """A proved path of the values and orthogonal matrices; queries that only the attention reads."""
         if self.values:
-            found = find_value_path(edit.view, site, caches_by_attention(edit.view))
+            found = find_value_path(edit.view, site)
             if isinstance(found, Refusal):
                 return str(found)
             reason = not_a_rotation(edit, self.values, (found.kv_heads, found.head_dim, found.head_dim))
@@ -56,23 +56,20 @@ class RotateHeads(SitePass[AttentionSite]):
         if self.keys:
             if len(site.query.users) != 1:
                 return "something else reads the queries"
-            cache = caches_by_attention(edit.view).get(site.node)
-            if cache is not None and cache.layout != "static":
-                return f"the cache is handed to the caller (layout={cache.layout})"
-            if cache is None and len(site.key.users) != 1:
-                return "something else reads the keys"
-            return hadamard.CONTRACT.check(x=site.query.meta["val"])
+            new = new_operand(edit.view, site.node, site.key)
+            return str(new) if isinstance(new, Refusal) else hadamard.CONTRACT.check(x=site.query.meta["val"])
         return None
 
     def rewrite(self, site: AttentionSite, edit: Edit) -> None:
         """Fold R2, insert R3."""
         if self.values:
-            path = find_value_path(edit.view, site, caches_by_attention(edit.view))
+            path = find_value_path(edit.view, site)
             assert isinstance(path, ValuePath)
             _fold(edit, path, edit.shared[self.values].double())
         if self.keys:
-            cache = caches_by_attention(edit.view).get(site.node)
-            for node in (site.query, cache.new_key if cache is not None else site.key):
+            new = new_operand(edit.view, site.node, site.key)
+            assert isinstance(new, Node)
+            for node in (site.query, new):
                 rotated = edit.call(torch.ops.graphwright.hadamard.default, node, like=node, before=node.next)
                 edit.replace(node, rotated)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from .attention import AttentionSite
-from .cache import CacheSite, find_caches
 from .flow import LINEAR
 from .graph import RESHAPES, GraphView, Refusal, aten, is_call, shape_of
 from .residual import is_size_query, live_nodes
@@ -40,26 +39,46 @@ class ValuePath:
     head_dim: int
 
 
-def caches_by_attention(view: GraphView) -> dict[Node, CacheSite]:
-    """The cache of each attention that has one."""
-    return {cache.node: cache for cache in find_caches(view).sites}
+_WRITES = {aten.index_copy.default: 3, aten.slice_scatter.default: 1, aten.index_put.default: 2}
+"""Writes to a static cache, and the position of what is written."""
 
 
-def find_value_path(view: GraphView, site: AttentionSite, caches: dict[Node, CacheSite]) -> ValuePath | Refusal:
+def new_operand(view: GraphView, attention: Node, operand: Node) -> Node | Refusal:
+    """The new keys or values of an attention, which may be written to a static cache that starts empty.
+
+    Refused, with the fact: a cache that is no state of the program or that does not start as zeros; anyone but the
+    attention and the write who reads the new tensor, or but the attention who reads the cache.
+    """
+    new = operand.args[_WRITES[operand.target]] if is_call(operand, *_WRITES) else operand  # pyright: ignore[reportArgumentType]
+    assert isinstance(new, Node)
+    alive = live_nodes(view)
+    for user in _readers(new, alive):
+        if user is attention:
+            continue
+        if not is_call(user, *_WRITES) or user.args[_WRITES[user.target]] is not new:  # pyright: ignore[reportArgumentType]
+            return view.refuse(attention, "something else reads the new keys or values", reader=user.name)
+        buffer = user.args[0]
+        stored = view.stored(str(view.target(buffer))) if isinstance(buffer, Node) and view.is_state(buffer) else None
+        if stored is None:
+            return view.refuse(attention, "the cache is handed to the caller", write=user.name)
+        if bool(stored.any()):
+            return view.refuse(attention, "the cache does not start as zeros", write=user.name)
+        others = [reader for reader in _readers(user, alive) if reader is not attention and reader.op != "output"]
+        if others:
+            return view.refuse(attention, "something else reads the cache", reader=others[0].name)
+    return new
+
+
+def find_value_path(view: GraphView, site: AttentionSite) -> ValuePath | Refusal:
     """Prove that an attention's values stay in their heads between two linears.
 
-    Refused, with the fact: a growing cache, whose contents the caller sees; anything but layout on the way, such as a
-    norm of values, a cap or a gate; values that someone else reads; projections that share a linear.
+    Refused, with the fact: what `new_operand` refuses; anything but layout on the way, such as a norm of values, a cap
+    or a gate; values that someone else reads; projections that share a linear.
     """
-    cache = caches.get(site.node)
-    if cache is not None and cache.layout != "static":
-        return view.refuse(site.node, "the cache is handed to the caller", layout=cache.layout)
-    made = cache.new_value if cache is not None else site.value
+    made = new_operand(view, site.node, site.value)
+    if isinstance(made, Refusal):
+        return made
     alive = live_nodes(view)
-    users = {user for user in made.users if user in alive and not is_size_query(user)}
-    allowed = {site.node} | ({cache.value_write} if cache is not None else set())
-    if not users <= allowed:
-        return view.refuse(site.node, "something else reads the values", depth=1, reader=str(next(iter(users - allowed))))
     node = made
     while is_call(node, *_LAYOUT):
         node = node.args[0]  # pyright: ignore[reportAssignmentType]

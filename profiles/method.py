@@ -11,8 +11,9 @@ import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -25,6 +26,29 @@ from ..patterns.find import Sites
 METHODS: dict[str, type[Method]] = {}
 
 
+class Stages(Protocol):
+    """Where a method that takes long says how far it is."""
+
+    def stage(self, name: str, total: int | None = None) -> AbstractContextManager[None]:
+        """A stage with this many steps, while the context lasts."""
+        ...
+
+    def step(self) -> None:
+        """One step of it is done."""
+        ...
+
+
+class Silence:
+    """Says nothing."""
+
+    def stage(self, name: str, total: int | None = None) -> AbstractContextManager[None]:
+        """Nothing is shown."""
+        return nullcontext()
+
+    def step(self) -> None:
+        """Nothing is counted."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a method may look at when it decides.
@@ -34,7 +58,8 @@ class Context:
         sites: Their sites.
         calibration: Flat inputs by phase, empty where the user gave none.
         facts: What capture knows of the model.
-        tensors: What the method's decisions name: rotations, rounded weights. The method fills it, the profile keeps it.
+        tensors: What decisions name: rotations, rounded weights. The method fills it, the profile keeps it.
+        progress: Shows stages of what takes long.
     """
 
     phases: Mapping[str, ExportedProgram]
@@ -42,6 +67,7 @@ class Context:
     calibration: Mapping[str, Sequence[list[Any]]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    progress: Stages = field(default_factory=Silence)
 
 
 class Method(BaseModel, ABC):
