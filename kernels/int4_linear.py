@@ -386,13 +386,13 @@ def launch_quantize(tokens: Tensor, bits: int, clip: float, hadamard: bool) -> t
         tokens, quantized, step, shift, left, right, k**-0.5, clip, k,
         LEVELS=2**bits - 1, SHIFT=128 if bits == 8 else 0, ROTATE=fused,
         LEFT=shape[0], RIGHT=shape[1], PADDED_LEFT=shape[2], PADDED_RIGHT=shape[3], BLOCK_K=block,
-        num_warps=4 if block <= 4096 else 16,
+        num_warps=8 if block <= 8192 else 16,
     )  # fmt: skip
     return quantized, step, shift
 
 
-_LARGEST_TILE = 8192
-"""Elements of a row's padded tile that four warps hold in registers without spilling."""
+_LARGEST_TILE = 4096
+"""Elements of a row's padded tile that are rotated in registers; beyond, the rotation is a kernel of its own."""
 
 
 @_jit
@@ -469,7 +469,7 @@ def _gemm_kernel(
     for start in range(0, K, BLOCK_K):
         a = tl.load(left)
         pair = tl.load(right)
-        group = steps + (start // GROUP).to(tl.int64) * P
+        group = steps + start // GROUP * P
         b = ((pair & 15).to(tl.int8) - 8) * tl.load(group + low)[None, :]
         total_low = tl.dot(a, b, total_low, out_dtype=tl.int32)
         b = ((pair >> 4).to(tl.int8) - 8) * tl.load(group + high)[None, :]

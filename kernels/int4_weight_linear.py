@@ -156,7 +156,7 @@ def _gemm_kernel(
     for start in range(0, K, BLOCK_K):
         a = tl.load(left)
         pair = tl.load(right)
-        group = steps + (start // GROUP).to(tl.int64) * P
+        group = steps + start // GROUP * P
         b = (((pair & 15).to(tl.int8) - 8) * tl.load(group + low)[None, :]).to(a.dtype)
         total_low = tl.dot(a, b, total_low, input_precision="ieee")
         b = (((pair >> 4).to(tl.int8) - 8) * tl.load(group + high)[None, :]).to(a.dtype)
