@@ -69,7 +69,7 @@ class DartQuant(Method):
     steps: int = Field(100, ge=0, description="Updates of each rotation; 0 keeps the random Hadamard start.")
     lr: float = Field(1e-3, gt=0, description="Learning rate of the rotations (published); 1e-2 for small widths.")
     batch: int = Field(2048, ge=1, description="Tokens of an update.")
-    samples: int = Field(16384, ge=FEWEST, description="Rows that R1 is fitted to, over all layers.")
+    samples: int = Field(65536, ge=FEWEST, description="Rows that R1 is fitted to, over all layers.")
     seed: int = Field(0, description="Of signs, sampled rows and batches.")
     roles: tuple[str, ...] = Field(
         ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "other"), description="Roles to quantize."
@@ -315,9 +315,7 @@ class _Rotations:
                     continue
                 weight = self._weight(linear)
                 if gain is not None:
-                    scale = self.view.tensor(gain)
-                    assert scale is not None
-                    folded = weight * scale.float()
+                    XX                    folded = weight * scale.float()
                     # Unrotated, the gain stays in the activations.
                     before += output_error(self.rows[norm] * scale.float(), weight, precision, lambda x: x)
                 else:
@@ -405,9 +403,12 @@ class _Rotations:
         return None if site is None else self.wanted.get(site.place)
 
     def _weight(self, linear: Node) -> Tensor:
-        stored = self.view.tensor(arguments(linear)["weight"])
-        assert stored is not None
-        return stored.detach().float()
+        return self._stored(arguments(linear)["weight"])
+
+    def _stored(self, node: Node) -> Tensor:
+        tensor = self.view.tensor(node)
+        assert tensor is not None
+        return tensor.detach().float()
 
     def _decide(self, place: str, pass_name: str, options: dict[str, Any], facts: dict[str, str]) -> None:
         self._say(place, Decision(site="", method="", pass_name=pass_name, options=options, facts=facts))
