@@ -315,9 +315,10 @@ class _Rotations:
                     continue
                 weight = self._weight(linear)
                 if gain is not None:
-                    XX                    folded = weight * scale.float()
+                        scale = self._stored(gain)
+                    folded = weight * scale
                     # Unrotated, the gain stays in the activations.
-                    before += output_error(self.rows[norm] * scale.float(), weight, precision, lambda x: x)
+                    before += output_error(self.rows[norm] * scale, weight, precision, lambda x: x)
                 else:
                     folded = weight
                     before += output_error(self.rows[norm], weight, precision, lambda x: x)
