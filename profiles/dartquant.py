@@ -308,21 +308,17 @@ class _Rotations:
         before, after, count = 0.0, 0.0, 0
         norms = [pair for pair in stream.norms if any(self._precision(linear) for linear in pair[1])]
         for norm, linears in norms[:: max(1, len(norms) // _JUDGED)]:
-            gain = arguments(norm)["weight"]
+            args = arguments(norm)
+            gain = 1.0 if args["weight"] is None else self._stored(args["weight"])
+            shift = 0.0 if args.get("bias") is None else self._stored(args["bias"])
             for linear in linears:
                 precision = self._precision(linear)
                 if precision is None:
                     continue
                 weight = self._weight(linear)
-                if gain is not None:
-                        scale = self._stored(gain)
-                    folded = weight * scale
-                    # Unrotated, the gain stays in the activations.
-                    before += output_error(self.rows[norm] * scale, weight, precision, lambda x: x)
-                else:
-                    folded = weight
-                    before += output_error(self.rows[norm], weight, precision, lambda x: x)
-                after += output_error(self.rows[norm], folded, precision, lambda x: x @ rotation)
+                # Unrotated, gain and shift stay in the activations.
+                before += output_error(self.rows[norm] * gain + shift, weight, precision, lambda x: x)
+                after += output_error(self.rows[norm], weight * gain, precision, lambda x: x @ rotation)
                 count += 1
         return before / max(count, 1), after / max(count, 1)
 
