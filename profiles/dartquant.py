@@ -66,7 +66,8 @@ class DartQuant(Method):
         None, gt=0, le=1, description="Share of a token's range that is kept; None: 0.9 at 4 bits (published), 1 at 8."
     )
     rotate: Literal["auto", "always", "never"] = Field("auto", description="Rotate where it was measured to help.")
-    steps: int = Field(100, ge=0, description="Updates of each rotation; 0 keeps the random Hadamard start.")
+    steps: int = Field(100, ge=0, description="Updates of R1; 0 keeps every rotation at its random Hadamard start.")
+    head_steps: int = Field(10, ge=0, description="Updates of each R2 (published: 5 to 10, one an epoch).")
     lr: float = Field(1e-3, gt=0, description="Learning rate of the rotations (published); 1e-2 for small widths.")
     batch: int = Field(2048, ge=1, description="Tokens of an update.")
     samples: int = Field(65536, ge=FEWEST, description="Rows that R1 is fitted to, over all layers.")
@@ -229,16 +230,18 @@ class DartQuant(Method):
     def fit_stream(self, tokens: Tensor, generator: torch.Generator, on_step: Callable[[], None]) -> Tensor:
         """R1 for sampled rows [T, n] of a stream's norms."""
         start = random_hadamard(tokens.shape[-1], generator)
-        return self._fit(tokens, start, generator, on_step)
+        return self._fit(tokens, start, self.steps, generator, on_step)
 
     def fit_heads(self, tokens: Tensor, generator: torch.Generator, on_step: Callable[[], None]) -> Tensor:
         """R2 for sampled rows [kv_heads, T, e] of an attention's output; all heads start alike."""
         start = random_hadamard(tokens.shape[-1], generator).expand(len(tokens), -1, -1)
-        return self._fit(tokens, start, generator, on_step)
+        return self._fit(tokens, start, min(self.head_steps, self.steps), generator, on_step)
 
-    def _fit(self, tokens: Tensor, start: Tensor, generator: torch.Generator, on_step: Callable[[], None]) -> Tensor:
+    def _fit(
+        self, tokens: Tensor, start: Tensor, steps: int, generator: torch.Generator, on_step: Callable[[], None]
+    ) -> Tensor:
         return fit_rotation(
-            tokens, start, steps=self.steps, lr=self.lr, batch=self.batch, generator=generator, on_step=on_step
+            tokens, start, steps=steps, lr=self.lr, batch=self.batch, generator=generator, on_step=on_step
         )
 
 
@@ -276,7 +279,7 @@ class _Rotations:
         with context.progress.stage("sample activations"):
             inputs = context.calibration[phase]
             self.rows = sample_rows(context.phases[phase], inputs, streams, linears, count, self.generator)
-        updates = method.steps * (len(streams) + len(rotatable))
+        updates = method.steps * len(streams) + min(method.head_steps, method.steps) * len(rotatable)
         with context.progress.stage("fit rotations", updates):
             for stream in streams:
                 self._stream(stream)
