@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .passes.decision import Decision
     from .phases import Phase
     from .profiles.budget import Budget
+    from .profiles.dartquant import DartQuant
     from .profiles.int8 import Int8
     from .profiles.method import Method, methods
     from .profiles.profile import Profile
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "profiles.budget",
     "Captured": "capture",
+    "DartQuant": "profiles.dartquant",
     "Decision": "passes.decision",
     "GraphwrightError": "errors",
     "Int8": "profiles.int8",
@@ -54,6 +56,7 @@ _HOME = {
 __all__ = [
     "Budget",
     "Captured",
+    "DartQuant",
     "Decision",
     "GraphwrightError",
     "Int8",

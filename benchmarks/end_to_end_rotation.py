@@ -1,4 +1,4 @@
-"""The costly way to a rotation, for comparison: learn R1 and R2 by Cayley SGD on the cross-entropy of the quantized model.
+"""The costly way to a rotation, for comparison: learn R1 and R2 end to end, by Cayley SGD on the model's loss.
 
 Every linear reads Q(x R) R^T, with the gradient of the rounding Q taken as 1, and all rotations follow the gradient of
 the next-token loss through the whole model (SpinQuant, Liu et al. 2024, arXiv:2405.16406: weights in full precision

@@ -10,7 +10,7 @@ holds NaN or infinity becomes NaN.
 This saves no memory and costs time: y has x's dtype. It shows what the quality of a cache of 2 to 8 bits is, before it
 is stored packed.
 
-Source: KV-cache quantization as QuaRot measures it (Ashkboos et al. 2024, arXiv:2404.00456): asymmetric, a group a head.
+Source: KV-cache quantization as QuaRot has it (Ashkboos et al. 2024, arXiv:2404.00456): asymmetric, a group a head.
 """
 
 # ruff: noqa: ANN001, ANN202 (the arguments of Triton kernels are pointers and scalars that Triton types itself)

@@ -200,9 +200,7 @@ _LARGEST = 512
 
 def _is_paley(order: int) -> bool:
     half = order // 2
-    return order % 4 == 0 and (
-        _is_prime(order - 1) or (half % 2 == 0 and (half - 1) % 4 == 1 and _is_prime(half - 1))
-    )
+    return order % 4 == 0 and (_is_prime(order - 1) or (half % 2 == 0 and (half - 1) % 4 == 1 and _is_prime(half - 1)))
 
 
 def _paley_first(p: int) -> Tensor:
@@ -215,7 +213,7 @@ def _paley_first(p: int) -> Tensor:
 
 
 def _paley_second(p: int) -> Tensor:
-    """Order 2 (p + 1), symmetric: each entry of [[0, 1], [1, Q]] becomes a 2 x 2 block, its zeros [[1, -1], [-1, -1]]."""
+    """Order 2 (p + 1), symmetric: entries of [[0, 1], [1, Q]] become 2 x 2 blocks, its zeros [[1, -1], [-1, -1]]."""
     conference = torch.ones(p + 1, p + 1, dtype=torch.int8)
     conference[0, 0] = 0
     conference[1:, 1:] = _jacobsthal(p)
@@ -293,7 +291,7 @@ def launch(x: Tensor) -> Tensor:
 
 
 @_jit
-def rotate_tile(x, left, right, factor, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr):
+def rotate_tile(x, left, right, factor, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr):  # noqa: ANN201
     """A row as a float32 tile ``[PADDED_LEFT, PADDED_RIGHT]`` (zeros where padded) times H: left^T x right."""
     i = tl.arange(0, PADDED_LEFT)
     j = tl.arange(0, PADDED_RIGHT)

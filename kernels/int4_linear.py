@@ -102,7 +102,7 @@ def reference(
 
 
 def quantize_tokens(tokens: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize rows [T, K] of float32: u = q - z as floats [T, K], the step [T, 1] (NaN where a row is not finite), z."""
+    """Quantize rows [T, K] of float32: u = q - z as floats [T, K], the step [T, 1] (NaN for a row with NaN), and z."""
     step, zero = token_grid(tokens, bits, clip)
     values = (tokens / step).round_().add_(zero).clamp_(0, 2**bits - 1).sub_(zero)
     return values, step, zero
@@ -453,7 +453,7 @@ def _gemm_kernel(
     HAS_BIAS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y a program: HALF channels from the low nibbles and the HALF that lie 32 channels on from the high."""
+    """One tile of y a program: HALF channels from the low nibbles, and the HALF that lie 32 further from the high."""
     program = tl.program_id(0)
     tiles_n = tl.cdiv(P, 2 * HALF)
     rows = program // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -59,9 +59,7 @@ def reference(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: Ten
 
 
 @torch.library.custom_op("graphwright::int4_weight_linear", mutates_args=())
-def int4_weight_linear(
-    x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def int4_weight_linear(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """W4A16 linear layer: x ``[..., K]`` and an `Int4` weight to ``[..., N]``.
 
     Raises:

@@ -2,9 +2,9 @@
 
     weight[n, k] ~ scale[n] step[k // g, n] q[n, k]          q in -8..7, step a whole number in 1..16, scale float32
 
-The scale of a group is a whole multiple of its channel's: `step q` fits 8 bits exactly, so that an 8-bit integer product
-runs over all of K at once and scales are applied once, at its end (QServe, Lin et al. 2024, arXiv:2405.04532, section
-4.1, does the same with an 8-bit first level). With one free scale a group the product would have to stop at each group.
+The scale of a group is a whole multiple of its channel's: `step q` fits 8 bits exactly, so that an 8-bit integer
+product runs over all of K at once and scales are applied once, at its end (QServe, Lin et al. 2024, arXiv:2405.04532,
+section 4.1, does the same with an 8-bit first level). With free scales the product would have to stop at each group.
 
     packed[b, k, i] = q[64 b + i, k] + 8  |  (q[64 b + 32 + i, k] + 8) << 4        uint8 [ceil(N / 64), K, 32]
 

@@ -1,7 +1,7 @@
 """Rotate an attention's heads: values by learned matrices that are folded (R2), queries and keys as they run (R3).
 
-    linear(Wv) ── sdpa ── linear(Wo)      becomes      linear(R2^T Wv) ── sdpa ── linear(Wo R2)       per key-value head
-    sdpa(q, k, v)                         becomes      sdpa(hadamard(q), hadamard(k), v)              keys before the cache
+    linear(Wv) ── sdpa ── linear(Wo)      becomes      linear(R2^T Wv) ── sdpa ── linear(Wo R2)      per key-value head
+    sdpa(q, k, v)                         becomes      sdpa(hadamard(q), hadamard(k), v)             before the cache
 
 R2 is free. R3 cannot be folded, since rotary embeddings lie between the projections and the keys; it is worth its time
 only where keys are quantized when they are written. Both are exact: the attention's scores and outputs are as before.
@@ -76,7 +76,9 @@ class RotateHeads(SitePass[AttentionSite]):
 
 def _fold(edit: Edit, path: ValuePath, rotation: Tensor) -> None:
     def value(stored: Tensor) -> Tensor:
-        return torch.einsum("ked,ke...->kd...", rotation, stored.double().unflatten(0, (path.kv_heads, -1))).flatten(0, 1)
+        return torch.einsum("ked,ke...->kd...", rotation, stored.double().unflatten(0, (path.kv_heads, -1))).flatten(
+            0, 1
+        )
 
     def output(stored: Tensor) -> Tensor:
         columns = stored.double().unflatten(1, (path.heads, -1))

@@ -1,6 +1,6 @@
 """Give a linear that shares its weight with an embedding a weight of its own.
 
-    h = embedding(E, tokens);  y = linear(norm(h), E)      becomes      h = embedding(E, tokens);  y = linear(norm(h), E')
+    h = embedding(E, tokens);  y = linear(norm(h), E)     becomes     h = embedding(E, tokens);  y = linear(norm(h), E')
 
 A rotation writes h R through the embedding and reads it through the head, whose weight also takes the last norm's gain:
 one tensor cannot be both. E' equals E. Exact; it costs the memory of one embedding.

@@ -182,7 +182,7 @@ _ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 _PIECES = frozenset({aten.slice.Tensor, aten.select.int, aten.narrow.default})
 # Only the first argument's values pass: what comes after are gains, shapes and positions.
 _ROTATIONS = frozenset({"graphwright.hadamard.default"})
-"""Rotations of features, by name: patterns know no operators of ours, and values pass through these as through norms."""
+"""Rotations of features, by name: patterns know no operators of ours. Values pass through these as through norms."""
 _FIRST = frozenset(
     {
         aten.layer_norm.default,

@@ -64,9 +64,9 @@ class ResidualStream(Site):
 def find_streams(view: GraphView, phase: str = "main") -> Found[ResidualStream]:
     """Find every residual stream of a functional program: what a sum that a norm reads is connected to.
 
-    Refused, with the fact: a stored tensor that is added (a learned position that is no embedding), a scale per channel,
-    a norm that writes (post-norm), any writer that is no linear with a stored weight, and any reader but a norm whose
-    output goes to such linears alone.
+    Refused, with the fact: a stored tensor that is added (a learned position that is no embedding), a scale per
+    channel, a norm that writes (post-norm), any writer that is no linear with a stored weight, and any reader but a
+    norm whose output goes to such linears alone.
     """
     alive = live_nodes(view)
     sites: list[ResidualStream] = []

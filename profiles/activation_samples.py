@@ -75,7 +75,9 @@ def sample_rows(
     found: dict[Node, Tensor] = {}
 
     def keep(node: Node, parts: list[Tensor]) -> None:
-        rows = torch.cat([_drawn(part.reshape(-1, part.shape[-1]), -(-count // len(parts)), generator) for part in parts])
+        rows = torch.cat(
+            [_drawn(part.reshape(-1, part.shape[-1]), -(-count // len(parts)), generator) for part in parts]
+        )
         if not rows.isfinite().all():
             raise InvalidArgument(f"the activations at {describe(node)} hold NaN or infinity; check the calibration")
         found[node] = rows

@@ -7,8 +7,8 @@
    (`profiles/whip.py`): nothing is ever propagated back through the model.
 3. Weights are rounded by GPTQ, layer by layer, each on what the rounded layers before it give (`profiles/gptq.py`).
 
-The published method rotates everywhere. Here each rotation has to earn its place (`rotate="auto"`): it is kept where the
-linears that read it, rounded to nearest, err less with it than without.
+The published method rotates everywhere. Here each rotation has to earn its place (`rotate="auto"`): it is kept where
+the linears that read it, rounded to nearest, err less with it than without.
 
 Source: DartQuant, arXiv:2511.04063, and its code, whose defaults these are: 100 steps at 1e-3, clip ratio 0.9, damping
 0.1. For a width of 576 that learning rate is too low; 1e-2 fits better (docs/dartquant.md). One difference: what the
@@ -58,7 +58,9 @@ class DartQuant(Method):
     weight_bits: Bits = Field(4, description="Bits of weights; 16 leaves linears as they are.")
     activation_bits: Bits = Field(4, description="Bits of the linears' inputs; 16 quantizes weights only.")
     kv_bits: Bits = Field(16, description="Bits of keys and values; below 16 they are rounded, and stored as before.")
-    bits: dict[str, tuple[Bits, Bits]] = Field({}, description="Role to (weight bits, activation bits), over the above.")
+    bits: dict[str, tuple[Bits, Bits]] = Field(
+        {}, description="Role to (weight bits, activation bits), over the above."
+    )
     group: int | None = Field(None, description="Input channels that share a step; None: 128, or 64 or 32 to divide.")
     weights: Literal["gptq", "rtn"] = Field("gptq", description="How weights are rounded: GPTQ, or to nearest.")
     damp: float = Field(0.1, gt=0, description="GPTQ: share of the mean diagonal that is added to it.")
@@ -161,7 +163,9 @@ class DartQuant(Method):
                 context.tensors.update({f"{names[site.place]}.{part}": getattr(made, part) for part in Int4._fields})
                 weight, dtype = dequantized(made), calls[0][0].dtype
                 context.progress.step()
-                outputs = [(row @ weight.t()).view(*call[0].shape[:-1], -1) for row, call in zip(rows, calls, strict=True)]
+                outputs = [
+                    (row @ weight.t()).view(*call[0].shape[:-1], -1) for row, call in zip(rows, calls, strict=True)
+                ]
                 bias = calls[0][2] if len(calls[0]) > 2 else None
                 return [(y if bias is None else y + bias.float()).to(dtype) for y in outputs]
 

@@ -5,8 +5,8 @@
 
 The grid of a group is fixed when its first channel is reached, from the weights as they are then.
 
-Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; blocks of 128 channels are its section 3.3; damping of 0.1 is
-what DartQuant's script uses (0.01 in GPTQ's).
+Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; blocks of 128 channels are its section 3.3; damping of 0.1
+is what DartQuant's script uses (0.01 in GPTQ's).
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ class Profile(BaseModel):
         return self._tensors
 
     def save(self, path: str | Path) -> None:
-        """Write the profile as JSON, and its tensors beside it, if it has any; an existing file is replaced only when the new one is complete.
+        """Write the profile as JSON, and its tensors beside it, if it has any.
+
+        An existing file is replaced only when the new one is complete.
 
         Raises:
             InvalidFile: The path cannot be written.
@@ -83,8 +85,8 @@ class Profile(BaseModel):
         """Read a profile.
 
         Raises:
-            InvalidFile: The file is missing, is not JSON, or is no profile; the message names the first bad field. Or its
-                tensors are not those that were saved with it.
+            InvalidFile: The file is missing, is not JSON, or is no profile; the message names the first bad field. Or
+                its tensors are not those that were saved with it.
             StaleProfile: It was written by another version of the schema.
         """
         path = Path(path)

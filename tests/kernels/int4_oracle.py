@@ -10,7 +10,14 @@ from graphwright.kernels.int4_weights import quantize_groups, unpack
 
 
 def make_int4_case(
-    tokens: int, k: int, n: int, *, group: int = 32, dtype: torch.dtype = torch.float32, bias: bool = False, seed: int = 0
+    tokens: int,
+    k: int,
+    n: int,
+    *,
+    group: int = 32,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    seed: int = 0,
 ) -> tuple[Tensor | None, ...]:
     """x ``[tokens, k]`` that is not symmetric, a packed weight ``[n, k]`` and, if asked for, a bias ``[n]``."""
     generator = torch.Generator().manual_seed(seed)

@@ -95,7 +95,7 @@ def test_shapes_strides_and_the_input():
 
 @pytest.mark.parametrize("x", [torch.ones(3, 4, dtype=torch.int8), torch.tensor(1.0), torch.ones(3, 0)])
 def test_refusals(x):
-    with pytest.raises(InvalidArgument, match="^hadamard: "):
+    with pytest.raises(InvalidArgument, match=r"^hadamard: "):
         hadamard(x)
 
 
@@ -136,9 +136,8 @@ def test_the_kernel_compiles_within_the_limits_of_each_device():
     requests = []
     for n in (64, 576, 1536, 4096):
         chosen = split(n)
-        constants = dict(
-            LEFT=chosen.left, RIGHT=chosen.right, PADDED_LEFT=chosen.padded_left, PADDED_RIGHT=chosen.padded_right
-        )
+        names = ("LEFT", "RIGHT", "PADDED_LEFT", "PADDED_RIGHT")
+        constants = dict(zip(names, chosen, strict=True))
         pointers = {"x": "*bf16", "y": "*bf16", "left": "*i8", "right": "*i8", "factor": "fp32"}
         kernel = "graphwright.kernels.hadamard:_hadamard_kernel"
         requests += [Request(kernel, pointers, constants, sm, num_warps=8) for sm in (80, 90)]

@@ -144,9 +144,7 @@ def test_any_leading_dimensions_and_inputs_are_left_alone():
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    tokens=st.integers(0, 20), n=st.integers(1, 130), dtype=st.sampled_from(FLOATS), seed=st.integers(0, 2**31)
-)
+@given(tokens=st.integers(0, 20), n=st.integers(1, 130), dtype=st.sampled_from(FLOATS), seed=st.integers(0, 2**31))
 def test_weight_only(tokens, n, dtype, seed):
     x, packed, steps, scale, _, bias = make_int4_case(tokens, 192, n, dtype=dtype, bias=True, seed=seed)
     whole = unpack(packed, steps)[:, :n].double()
@@ -183,7 +181,8 @@ GOOD = dict(zip(("x", "weight", "steps", "scale", "sums"), make_int4_case(3, 64,
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_refuses_what_the_contract_does_not_hold(change, reason, device):
     arguments = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in {**GOOD, **change}.items()
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in {**GOOD, **change}.items()
     }
     with pytest.raises(InvalidArgument, match=f"^int4_linear: {reason}"):
         int4_linear(**arguments)
