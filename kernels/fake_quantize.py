@@ -17,6 +17,7 @@ Source: KV-cache quantization as QuaRot has it (Ashkboos et al. 2024, arXiv:2404
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,11 +26,9 @@ from ..errors import InvalidArgument
 from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
 from .int4_linear import HAS_TRITON, _jit, _round, _step_and_zero, token_grid
 
-if HAS_TRITON:
+if TYPE_CHECKING or HAS_TRITON:
     import triton
     import triton.language as tl
-else:
-    triton = tl = None  # pyright: ignore[reportAssignmentType]
 
 CONTRACT = Contract(
     "fake_quantize",

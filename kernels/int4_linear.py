@@ -375,12 +375,12 @@ def launch_quantize(tokens: Tensor, bits: int, clip: float, hadamard: bool) -> t
     quantized = torch.empty_like(tokens, dtype=torch.int8)
     step = torch.empty(m, dtype=torch.float32, device=tokens.device)
     shift = torch.empty(m, dtype=torch.int32, device=tokens.device)
-    chosen = rotation.split(k) if hadamard and rotation.orders(k).blocks == 1 else None
-    fused = chosen is not None and chosen.padded_left * chosen.padded_right <= _LARGEST_TILE
+    chosen = rotation.split(k)
+    fused = hadamard and rotation.orders(k).blocks == 1 and chosen.padded_left * chosen.padded_right <= _LARGEST_TILE
     if hadamard and not fused:
         tokens = rotation.launch(tokens.float())
     left, right = rotation.sides(k, tokens.device) if fused else (tokens, tokens)
-    shape = (chosen.left, chosen.right, chosen.padded_left, chosen.padded_right) if fused else (1, 1, 1, 1)
+    shape = chosen if fused else (1, 1, 1, 1)
     block = triton.next_power_of_2(k)
     _quantize_kernel[(m,)](
         tokens, quantized, step, shift, left, right, k**-0.5, clip, k,

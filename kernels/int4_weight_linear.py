@@ -16,7 +16,7 @@ Source: weight-only quantization in groups: GPTQ (Frantar et al. 2022, arXiv:221
 from __future__ import annotations
 
 from functools import cache, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,9 @@ from .contract import FLOATS, Argument, Contract, Size, Spec, missing_kernel, re
 from .int4_linear import HAS_TRITON, _jit_any_m, check_layout, choose_config, packed_product, packed_product_is_fast
 from .int4_weights import ROWS, unpack
 
-if HAS_TRITON:
+if TYPE_CHECKING or HAS_TRITON:
     import triton
     import triton.language as tl
-else:
-    triton = tl = None  # pyright: ignore[reportAssignmentType]
 
 CONTRACT = Contract(
     "int4_weight_linear",

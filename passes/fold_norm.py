@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -89,7 +89,9 @@ def _rewrite_embedding(edit: Edit, node: Node, rotation: Tensor | None, centre: 
 
     name = f"{edit.view.target(table)}.{label}.written"
     made = edit.buffer(name, lambda: _in_blocks(edit.constant(table), rows))
-    edit.replace(node, edit.call(EMBEDDING, made, *now.args[1:], like=node, **now.kwargs))
+    indices, *rest = now.args[1:]
+    options: dict[str, Any] = dict(now.kwargs)
+    edit.replace(node, edit.call(EMBEDDING, made, indices, *rest, like=node, **options))
 
 
 def _rewrite_linear(

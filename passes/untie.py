@@ -45,5 +45,5 @@ class Untie(SitePass[ResidualStream]):
 
 
 def _tied(site: ResidualStream) -> list[Node]:
-    tables = {embedding.args[0] for embedding in site.embeddings}
+    tables = [embedding.args[0] for embedding in site.embeddings]
     return [linear for linear in site.readers if linear.args[1] in tables]

@@ -95,7 +95,7 @@ def find_value_path(view: GraphView, site: AttentionSite) -> ValuePath | Refusal
 
     if not view.is_layout_of(made, node, split):
         return view.refuse(site.node, "the values' heads are laid out in another way", depth=4)
-    output = site.node
+    last = output = site.node
     while not is_call(output, LINEAR):
         readers = _readers(output, alive)
         if len(readers) != 1 or not is_call(readers[0], LINEAR, *_LAYOUT):

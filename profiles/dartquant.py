@@ -224,6 +224,7 @@ class DartQuant(Method):
                 method=self.name,
                 pass_name="quantize_cache",
                 options={"key_bits": self.kv_bits, "value_bits": self.kv_bits, "group": site.head_dim},
+                reason="",
                 facts=site.describe(),
                 predicted_gain=0.0,
             )
@@ -415,7 +416,7 @@ class _Rotations:
         return tensor.detach().float()
 
     def _decide(self, place: str, pass_name: str, options: dict[str, Any], facts: dict[str, str]) -> None:
-        self._say(place, Decision(site="", method="", pass_name=pass_name, options=options, facts=facts))
+        self._say(place, Decision(site="", method="", pass_name=pass_name, options=options, reason="", facts=facts))
 
     def _refuse(self, place: str, pass_name: str, reason: str, facts: dict[str, str] | None = None) -> None:
         self._say(

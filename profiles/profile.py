@@ -53,7 +53,9 @@ class Profile(BaseModel):
     hardware: dict[str, str] = Field(default_factory=dict)
     data: str = Field("", description="SHA-256 of the calibration inputs, empty where there were none.")
     measured: dict[str, Any] = Field(default_factory=dict, description="Quality and speed as measured.")
-    tensor_file: TensorFile | None = Field(None, description="The tensors that decisions name, in a file beside this.")
+    tensor_file: TensorFile | None = Field(
+        default=None, description="The tensors that decisions name, in a file beside this."
+    )
     _tensors: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
     @property

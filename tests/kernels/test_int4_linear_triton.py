@@ -1,4 +1,4 @@
-"""The Triton kernels of 4-bit linears and of fake quantization: numbers, instructions, limits; on a GPU if there is one."""
+"""The Triton kernels of 4-bit linears and of fake quantization: numbers, instructions, limits, a GPU."""
 
 from __future__ import annotations
 
