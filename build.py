@@ -8,7 +8,7 @@ from .passes.manager import PassManager
 from .passes.rewrite import apply_decisions
 from .patterns.text import graph_text
 from .phases import Phase, state_of
-from .prepare import Prepared
+from .prepare import Prepared, is_exact
 from .profiles.profile import Profile
 from .program import History, Program
 
@@ -33,7 +33,8 @@ def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Progr
     for phase in prepared.phases:
         exported = copy_exported(phase.exported)
         before[phase.name] = graph_text(exported)
-        rewriting = apply_decisions(exported, phase.name, profile.decisions, prepared.shared)
+        lossy = [decision for decision in profile.decisions if not is_exact(decision)]
+        rewriting = apply_decisions(exported, phase.name, lossy, prepared.shared)
         rewriting.commit()
         if final:
             records += PassManager(FINISHERS).run(exported, phase.name, prepared.shared)

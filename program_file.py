@@ -49,6 +49,7 @@ def save(program: Program, path: str | Path) -> None:
         for position, leaf in enumerate(pytree.tree_leaves(phase.exported.example_inputs or ())):
             if isinstance(leaf, Tensor):
                 tensors[f"example.{name}.{position}"] = leaf
+    tensors |= {f"profile.{name}": tensor for name, tensor in program.profile.tensors.items()}
     initial = program.initial_state()
     phases = {}
     for name, phase in program.phases.items():
@@ -79,6 +80,9 @@ def load(path: str | Path) -> Program:
             [_record(values) for values in stored["passes"]], stored["refusals"], stored["before"], stored["measured"]
         )
         profile = Profile.parse(contents.documents["profile"], str(path))
+        prefix = "profile."
+        named = {name.removeprefix(prefix): t for name, t in contents.tensors.items() if name.startswith(prefix)}
+        profile.tensors.update(named)
         inputs, kind, facts = tuple(document["inputs"]), str(document["kind"]), dict(document["facts"])
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise InvalidFile(f"{path}: not a graphwright program: {type(error).__name__}: {error}") from error

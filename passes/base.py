@@ -70,6 +70,7 @@ class SitePass(_Registered, ABC, Generic[S]):
     """A transformation of one site, as a decision asks."""
 
     exact: ClassVar[bool] = False
+    """Whether the site computes the same numbers; exact rewrites are made before variants are measured."""
     ensures: ClassVar[str] = "optimized"
 
     @abstractmethod

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..errors import InvalidArgument
@@ -37,6 +38,7 @@ class Context:
         facts: What capture knows of the model.
         steps: Phase -> its denoising steps; empty where phases are something else.
         progress: Where long work shows how far it is.
+        tensors: What decisions name: rotations, rounded weights. The method fills it, the profile keeps it.
     """
 
     phases: Mapping[str, ExportedProgram]
@@ -45,6 +47,7 @@ class Context:
     facts: Mapping[str, Any] = field(default_factory=dict)
     steps: Mapping[str, StepRange] = field(default_factory=dict)
     progress: Progress = field(default_factory=lambda: Progress(False))
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method(BaseModel, ABC):
