@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, help="decoded clips; without them they are decoded here")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for everything but the samples")
     parser.add_argument("--steps", type=int, help="stop after so many steps")
-    parser.add_argument("--tokens", type=int, help="of a batch, which leaves larger videos out; 65536 on a GPU, else 2048")
+    parser.add_argument("--tokens", type=int, help="of a batch; larger videos are left out. 65536 on a GPU, else 2048")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", action="store_true", help="sample all prompts at three sizes, as PNG")
     options = parser.parse_args()
