@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .phases import Phase
     from .profiles.budget import Budget
     from .profiles.compact_attention import CompactAttention
+    from .profiles.dartquant import DartQuant
     from .profiles.int8 import Int8
     from .profiles.kvtuner import KVTuner
     from .profiles.method import Method, methods
@@ -41,6 +42,7 @@ _HOME = {
     "Budget": "profiles.budget",
     "Captured": "capture",
     "CompactAttention": "profiles.compact_attention",
+    "DartQuant": "profiles.dartquant",
     "Decision": "passes.decision",
     "GraphwrightError": "errors",
     "Int8": "profiles.int8",
@@ -65,6 +67,7 @@ __all__ = [
     "Budget",
     "Captured",
     "CompactAttention",
+    "DartQuant",
     "Decision",
     "GraphwrightError",
     "Int8",

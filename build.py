@@ -8,7 +8,7 @@ from .passes.manager import PassManager
 from .passes.rewrite import Rewriting, agree_on_state, apply_decisions
 from .patterns.text import graph_text
 from .phases import Phase, state_of
-from .prepare import Prepared
+from .prepare import Prepared, is_exact
 from .profiles.profile import Profile
 from .program import History, Program
 
@@ -31,11 +31,12 @@ def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Progr
     state = {name: tensor.clone() for phase in prepared.phases for name, tensor in state_of(phase.exported).items()}
     status: dict[str, tuple[str, str]] = {}
     rewritings: dict[str, Rewriting] = {}
+    lossy = [decision for decision in profile.decisions if not is_exact(decision)]
     for phase in prepared.phases:
         exported = copy_exported(phase.exported)
         before[phase.name] = graph_text(exported)
-        rewritings[phase.name] = apply_decisions(exported, phase.name, profile.decisions, prepared.shared)
-    agree_on_state(rewritings, profile.decisions)
+        rewritings[phase.name] = apply_decisions(exported, phase.name, lossy, prepared.shared)
+    agree_on_state(rewritings, lossy)
     for phase in prepared.phases:
         rewriting = rewritings[phase.name]
         exported = rewriting.edit.exported

@@ -23,7 +23,7 @@ from .hold_budget import hold_budget
 from .passes.base import pass_named
 from .passes.decision import Decision
 from .patterns.steps import DEFAULT_TIMESTEPS, StepRange, step_ranges
-from .prepare import Prepared, prepare
+from .prepare import Prepared, prepare, with_exact
 from .profiles.attention_figures import attention_figures
 from .profiles.budget import Budget
 from .profiles.calibration import calibration_inputs
@@ -117,6 +117,8 @@ def optimize(
         decisions = [decision for method in chosen for decision in method.decide(context)]
         prepared.measured["decide_seconds"] = time.perf_counter() - started
         _refuse_conflicts(decisions)
+        prepared.shared.update(context.tensors)
+        prepared = with_exact(prepared, decisions)
         result = Profile(
             fingerprint=found,
             methods=[{"name": method.name, "options": method.model_dump(mode="json")} for method in chosen],
@@ -127,6 +129,7 @@ def optimize(
             data=data_hash(flat for items in inputs.values() for flat in items),
             measured=context.measured,
         )
+        result.tensors.update(context.tensors)
         if chosen:
             with bar.stage("measure"):
                 _measure(prepared, decisions, inputs, keep)
@@ -215,7 +218,8 @@ def _replay(prepared: Prepared, profile: Profile, found: Any) -> Program:
     for decision in profile.decisions:
         if decision.site not in known:
             raise InvalidArgument(f"the profile decides about {decision.site}, which this program does not have")
-    return build(prepared, profile, final=True)
+    prepared.shared.update(profile.tensors)
+    return build(with_exact(prepared, profile.decisions), profile, final=True)
 
 
 def _refuse_conflicts(decisions: Sequence[Decision]) -> None:

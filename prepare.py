@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from .capture import Captured
-from .errors import VerificationError
+from .errors import InvalidArgument, VerificationError
 from .passes.assume_empty_cache import AssumeEmptyCache
+from .passes.base import pass_named
 from .passes.canonicalize import canonicalize
+from .passes.decision import Decision
 from .passes.dialects import TOLERANCE, largest_difference, run_functional
 from .passes.edit import copy_exported
 from .passes.fix_sizes import FixSizes
 from .passes.manager import PassManager, PassRecord
 from .passes.merge_duplicates import MergeDuplicates
+from .passes.rewrite import apply_decisions
 from .patterns.find import Sites, find_sites
 from .patterns.graph import GraphView
 from .patterns.steps import StepRange
@@ -77,6 +80,38 @@ def prepare(captured: Captured, steps: Sequence[StepRange] = ()) -> Prepared:
     prepared = Prepared(captured, phases, sites, records, {step.name: step for step in steps}, shared)
     prepared.measured["prepare_seconds"] = time.perf_counter() - started
     return prepared
+
+
+def with_exact(prepared: Prepared, decisions: Sequence[Decision]) -> Prepared:
+    """Apply the decisions whose passes are exact, and find the sites anew: what is lossy is chosen on the result.
+
+    Args:
+        prepared: Canonical phases; they are not changed.
+        decisions: All decisions; the exact ones among those that are proposed or kept become kept.
+
+    Raises:
+        InvalidArgument: One cannot be applied. Others build on it, and phases share what it changes, so none may fail.
+    """
+    exact = [d for d in decisions if d.status in ("proposed", "kept") and is_exact(d)]
+    if not exact:
+        return prepared
+    phases = []
+    for phase in prepared.phases:
+        exported = copy_exported(phase.exported)
+        rewriting = apply_decisions(exported, phase.name, exact, prepared.shared)
+        for site, reason in rewriting.failed.items():
+            raise InvalidArgument(f"{site} cannot be rewritten as decided: {reason}")
+        rewriting.commit()
+        phases.append(Phase(phase.plan, exported))
+    for decision in exact:
+        decision.status = "kept"
+    sites = {phase.name: find_sites(GraphView(phase.exported), phase.name) for phase in phases}
+    return replace(prepared, phases=phases, sites=sites)
+
+
+def is_exact(decision: Decision) -> bool:
+    """Whether a decision's pass leaves the numbers as they are."""
+    return bool(decision.pass_name) and bool(pass_named(decision.pass_name, decision.options).exact)
 
 
 def _specialise(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def save(program: Program, path: str | Path) -> None:
         "program": document,
         "profile": program.profile.model_dump(mode="json"),
         "history": {
-            "passes": [asdict(record) for record in history.passes],
+            "passes": [_plain(record) for record in history.passes],
             "refusals": history.refusals,
             "before": history.before,
             "measured": history.measured,
@@ -50,6 +49,7 @@ def save(program: Program, path: str | Path) -> None:
         for position, leaf in enumerate(pytree.tree_leaves(phase.exported.example_inputs or ())):
             if isinstance(leaf, Tensor):
                 tensors[f"example.{name}.{position}"] = leaf
+    tensors |= {f"profile.{name}": tensor for name, tensor in program.profile.tensors.items()}
     initial = program.initial_state()
     phases = {}
     for name, phase in program.phases.items():
@@ -80,10 +80,25 @@ def load(path: str | Path) -> Program:
             [_record(values) for values in stored["passes"]], stored["refusals"], stored["before"], stored["measured"]
         )
         profile = Profile.parse(contents.documents["profile"], str(path))
+        prefix = "profile."
+        named = {name.removeprefix(prefix): t for name, t in contents.tensors.items() if name.startswith(prefix)}
+        profile.tensors.update(named)
         inputs, kind, facts = tuple(document["inputs"]), str(document["kind"]), dict(document["facts"])
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise InvalidFile(f"{path}: not a graphwright program: {type(error).__name__}: {error}") from error
     return Program(phases, inputs, kind, facts, profile, history)
+
+
+def _plain(record: PassRecord) -> dict[str, Any]:
+    """A record as JSON takes it: what a refusal saw may be a symbolic size, which is written as text."""
+    refusals = [
+        {**vars(refusal), "facts": {k: v if isinstance(v, _JSON) else str(v) for k, v in refusal.facts.items()}}
+        for refusal in record.refusals
+    ]
+    return {**vars(record), "refusals": refusals}
+
+
+_JSON = (str, int, float, type(None))
 
 
 def _record(values: dict[str, Any]) -> PassRecord:

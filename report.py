@@ -142,12 +142,12 @@ class Report(_Printable):
         program = self.program
         size = f"{program.weight_bytes() / 1e6:.1f} MB of weights, {program.state_bytes() / 1e6:.1f} MB of state"
         table = Table(title=f"{program.kind}: {size}", title_justify="left", expand=False)
-        for column in ("phase", "when", "calls", "attention", "linear", "cache", "norm"):
+        for column in ("phase", "when", "calls", "attention", "linear", "cache", "norm", "residual"):
             table.add_column(column)
         for name, phase in program.phases.items():
             calls = sum(node.op == "call_function" for node in phase.exported.graph.nodes)
             sites = program.sites[name]
-            families = (sites.attention, sites.linear, sites.cache, sites.norm)
+            families = (sites.attention, sites.linear, sites.cache, sites.norm, sites.residual)
             when = " and ".join(map(str, phase.plan.conditions)) or "otherwise"
             table.add_row(name, when, str(calls), *(str(len(family)) for family in families))
         return table
@@ -321,6 +321,7 @@ def _counts(sites: Sites) -> dict[str, int]:
         "linear": len(sites.linear),
         "cache": len(sites.cache),
         "norm": len(sites.norm),
+        "residual": len(sites.residual),
     }
 
 

@@ -126,12 +126,17 @@ def curve(setting: Setting, methods: Mapping[str, gw.Method]) -> dict[str, dict[
 def whole_sampling(setting: Setting, methods: Mapping[str, gw.Method], rounds: int = 2) -> dict[str, Any]:
     """Seconds of a whole sampling, dense and with each method, in turn; and their quality."""
     programs = {"dense": setting.dense} | {name: setting.optimize(method) for name, method in methods.items()}
-    seconds = interleaved({n: lambda p=p: setting.sample(p) for n, p in programs.items()}, rounds, warmup=0)
+    videos: dict[str, Tensor] = {}
+
+    def run(name: str) -> None:
+        videos[name] = setting.sample(programs[name])
+
+    seconds = interleaved({name: lambda name=name: run(name) for name in programs}, rounds, warmup=0)
     return {
         name: {
             "seconds": seconds[name],
             "speedup": seconds["dense"] / seconds[name],
-            **compare(setting.reference, setting.sample(program)),
+            **compare(videos["dense"], videos[name]),
             "density": _mean(program, "density"),
             "recall": _mean(program, "recall"),
         }

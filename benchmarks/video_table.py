@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from rich.console import Console
 
 import graphwright as gw
 from graphwright.benchmarks import compact_search, video
+from graphwright.benchmarks.block_sparse import against_dense
 from graphwright.benchmarks.timing import Row, one_thread
 from graphwright.benchmarks.video_pictures import write_frames, write_masks
 
@@ -23,12 +25,13 @@ def video_table(quick: bool, output: Path, console: Console) -> tuple[list[Row],
     """Measure it, and write the pictures.
 
     Args:
-        quick: 8 frames and 10 steps instead of 16 and 30; figures of quality then are of another model size.
+        quick: 10 steps instead of 30, and half the frames.
         output: Folder for the pictures.
         console: Where to say what is being measured.
     """
     setting = video.Setting(8, 64, 10) if quick else video.Setting(16, 64, 30)
-    measured: dict[str, Any] = {"tokens": setting.tokens, "steps": setting.steps}
+    small = video.Setting(4, 64, 10) if quick else video.Setting(8, 64, 30)
+    measured: dict[str, Any] = {"tokens": setting.tokens, "steps": setting.steps, "tokens of curves": small.tokens}
     methods = {
         "RainFusion": gw.RainFusion(dense_steps=DENSE),
         "Compact Attention": gw.CompactAttention(dense_steps=DENSE, cost=COST),
@@ -40,13 +43,21 @@ def video_table(quick: bool, output: Path, console: Console) -> tuple[list[Row],
         status.update("equal density")
         measured["equal density"] = video.equal_density(setting, DENSE, cost=COST)
         status.update("curves")
-        measured["curve"] = video.curve(setting, _curve(quick))
+        measured["curve"] = video.curve(small, _curve(quick))
         status.update("ablations")
-        measured["families"] = video.families(setting, DENSE, COST)
+        measured["families"] = video.families(small, DENSE, COST)
         shares = (0.0, 0.2) if quick else (0.0, 0.1, 0.2, 0.3, 0.4)
-        measured["start"] = video.start_steps(setting, gw.RainFusion, shares)
+        measured["start"] = video.start_steps(small, gw.RainFusion, shares)
         two = {"three types": methods["RainFusion"], "two types": gw.RainFusion(dense_steps=DENSE, textural=False)}
-        measured["types"] = video.curve(setting, two)
+        measured["types"] = video.curve(small, two)
+        status.update("the operator")
+        measured["operator"] = {
+            kind: against_dense(
+                "cpu", kind, tokens=2048 if quick else 8192, heads=4, head_dim=64, block_size=128, density=0.25,
+                rounds=3 if quick else 6, flex=kind == "random" and _has_compiler(),
+            )
+            for kind in ("random", "band", "tile")
+        }  # fmt: skip
         status.update("search")
         measured["search"] = video.search_seconds(setting, DENSE)
         measured["mass memory"] = compact_search.mass_memory((2048, 8192))
@@ -58,6 +69,11 @@ def video_table(quick: bool, output: Path, console: Console) -> tuple[list[Row],
     console.print(f"wrote {output / 'video-frames.png'} ({', '.join(frames)}, from top to bottom)")
     console.print(f"wrote {output / 'video-masks.png'} ({', '.join(types)}, from left to right)")
     return _rows(measured), measured
+
+
+def _has_compiler() -> bool:
+    """Whether torch.compile, which FlexAttention needs on a CPU, can find a C++ compiler."""
+    return any(which(name) for name in ("g++", "clang++", "c++"))
 
 
 def _curve(quick: bool) -> dict[str, gw.Method]:
@@ -86,16 +102,21 @@ def _rows(measured: dict[str, Any]) -> list[Row]:
     for figure, form in (("recall", "{:.3f}"), ("psnr", "{:.2f} dB")):
         values = [each[figure] for each in ordered]
         text = ", ".join(f"{name} {form.format(each[figure])}" for name, each in equal.items())
-        rows.append(
-            (f"{figure} at density {ordered[0]['density']:.2f}", text, "falling", values == sorted(values)[::-1])
-        )
+        falling = values == sorted(values, reverse=True)
+        rows.append((f"{figure} at density {ordered[0]['density']:.2f}", text, "falling", falling))
     for name, found in {**measured["curve"], **measured["start"], **measured["types"]}.items():
-        rows.append(
-            (name, f"density {found['density']:.2f}, recall {found['recall']:.3f}, {_quality(found)}", "-", True)
-        )
+        text = f"density {found['density']:.2f}, recall {found['recall']:.3f}, {_quality(found)}"
+        rows.append((f"{name} ({measured['tokens of curves']} tokens)", text, "-", True))
     for family, found in measured["families"].items():
         text = ", ".join(f"{shape} {value:.3f}" for shape, value in found.items())
         rows.append((f"sparsity with {family} windows", text, "-", True))
+    for kind, found in measured["operator"].items():
+        ratio = found["speedup"]
+        flex = ratio.get("FlexAttention")
+        text = f"{ratio['block_sparse_attention']:.2f}x of dense at density {found['density']:.2f}"
+        text += "" if flex is None else f"; FlexAttention {flex:.2f}x"
+        holds = ratio["block_sparse_attention"] >= max(2.5, flex or 0)
+        rows.append((f"block_sparse_attention, CPU, {kind} lists", text, "2.5x, FlexAttention", holds))
     for row in measured["arm"]:
         wanted = row["2 / (T - 1)^2"]
         text = f"{row['of scores']:.3%} of the score map, {row['of attention']:.3%} of dense attention"

@@ -59,6 +59,7 @@ CONTRACT = Contract(
     # 256 channels are what a tile of the Triton kernel holds in registers.
     sizes={
         "D": Size(minimum=1, maximum=256),
+        "G": Size(minimum=1),
         "H": Size(multiple_of="G"),
         "block_size": Size(one_of=(64, 128)),
         "key_blocks": Size(minimum=0),
@@ -299,6 +300,55 @@ def _cpu(
     )[0]  # fmt: skip
 
 
+def _cuda_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    blocks: Tensor,
+    pattern: Tensor | None = None,
+    order: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    key_blocks: int,
+    block_size: int,
+    scale: float | None = None,
+    contract: Contract = LSE_CONTRACT,
+) -> tuple[Tensor, Tensor]:
+    if not HAS_TRITON:
+        raise missing_kernel(contract.operator, query.device, "triton is not installed (pip install triton)")
+    _require(contract, query, key, value, counts, blocks, pattern, order, key_bias, key_blocks, block_size)
+    if (reason := _missing_on(query.device)) is not None:
+        raise missing_kernel(contract.operator, query.device, reason)
+    from .block_sparse_attention_cuda import launch
+
+    with torch.cuda.device(query.device):
+        return launch(
+            query, key, value, counts, blocks, pattern, order, key_bias, key_blocks, block_size, scale,
+            with_lse=contract is LSE_CONTRACT,
+        )  # fmt: skip
+
+
+def _cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    counts: Tensor,
+    blocks: Tensor,
+    pattern: Tensor | None = None,
+    order: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    *,
+    key_blocks: int,
+    block_size: int,
+    scale: float | None = None,
+) -> Tensor:
+    return _cuda_lse(
+        query, key, value, counts, blocks, pattern, order, key_bias,
+        key_blocks=key_blocks, block_size=block_size, scale=scale, contract=CONTRACT,
+    )[0]  # fmt: skip
+
+
 def _require(
     contract: Contract,
     query: Tensor,
@@ -362,6 +412,8 @@ def _missing_on(device: torch.device) -> str | None:
 
 # Not register_kernel, whose check of each result for aliases costs microseconds a call.
 torch.library.impl("graphwright::block_sparse_attention", "cpu", _cpu)
+torch.library.impl("graphwright::block_sparse_attention", "cuda", _cuda)
 torch.library.impl("graphwright::block_sparse_attention_lse", "cpu", _cpu_lse)
+torch.library.impl("graphwright::block_sparse_attention_lse", "cuda", _cuda_lse)
 register(torch.ops.graphwright.block_sparse_attention.default, reference, CONTRACT)
 register(torch.ops.graphwright.block_sparse_attention_lse.default, reference_lse, LSE_CONTRACT)

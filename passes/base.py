@@ -70,6 +70,7 @@ class SitePass(_Registered, ABC, Generic[S]):
     """A transformation of one site, as a decision asks."""
 
     exact: ClassVar[bool] = False
+    """Whether the site computes the same numbers; exact rewrites are made before variants are measured."""
     ensures: ClassVar[str] = "optimized"
     changes_state: ClassVar[bool] = False
     """Whether it changes what the program keeps between calls, which all phases must agree on: a place is rewritten in

@@ -10,6 +10,7 @@ from .cache import CacheSite, find_caches
 from .graph import GraphView, Refusal
 from .linear import LinearSite, find_linears
 from .norm import NormSite, find_norms
+from .residual import ResidualStream, find_streams
 from .site import Found, Site
 
 
@@ -22,20 +23,21 @@ class Sites:
     linear: tuple[LinearSite, ...]
     cache: tuple[CacheSite, ...]
     norm: tuple[NormSite, ...]
+    residual: tuple[ResidualStream, ...]
     refusals: dict[str, tuple[Refusal, ...]]
     """Family -> refusals, in graph order."""
 
     @property
     def all(self) -> tuple[Site, ...]:
         """Every site, family by family."""
-        return (*self.attention, *self.linear, *self.cache, *self.norm)
+        return (*self.attention, *self.linear, *self.cache, *self.norm, *self.residual)
 
     def nearest_miss(self, family: str) -> Refusal | None:
         """The refusal that came furthest, None where nothing was refused."""
         return max(self.refusals.get(family, ()), key=lambda refusal: refusal.depth, default=None)
 
 
-FAMILIES = ("attention", "linear", "cache", "norm")
+FAMILIES = ("attention", "linear", "cache", "norm", "residual")
 
 
 def find_sites(view: GraphView, phase: str = "main", families: Collection[str] = FAMILIES) -> Sites:
@@ -50,10 +52,12 @@ def find_sites(view: GraphView, phase: str = "main", families: Collection[str] =
     linear = find_linears(view, phase) if "linear" in families else Found[LinearSite](())
     cache = find_caches(view, phase) if "cache" in families else Found[CacheSite](())
     norm = find_norms(view, phase) if "norm" in families else Found[NormSite](())
+    residual = find_streams(view, phase) if "residual" in families else Found[ResidualStream](())
     refusals = {
         "attention": attention.refusals,
         "linear": linear.refusals,
         "cache": cache.refusals,
         "norm": norm.refusals,
+        "residual": residual.refusals,
     }
-    return Sites(phase, attention.sites, linear.sites, cache.sites, norm.sites, refusals)
+    return Sites(phase, attention.sites, linear.sites, cache.sites, norm.sites, residual.sites, refusals)

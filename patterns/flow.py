@@ -124,7 +124,7 @@ class Flows:
             return self._flows[source] if isinstance(source, Node) else _CONSTANT
         if first is not None and (target is operator.getitem or target in _PIECES):
             return self._piece(node, first)
-        if first is not None and target in _FIRST:
+        if first is not None and (target in _FIRST or str(target) in _ROTATIONS):
             return self._flows[first]
         if target in _THROUGH:
             return _merged(inputs)
@@ -181,6 +181,8 @@ _SCORES = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default
 _ADDITIONS = frozenset({aten.add.Tensor, aten.sub.Tensor})
 _PIECES = frozenset({aten.slice.Tensor, aten.select.int, aten.narrow.default})
 # Only the first argument's values pass: what comes after are gains, shapes and positions.
+_ROTATIONS = frozenset({"graphwright.hadamard.default"})
+"""Rotations of features, by name: patterns know no operators of ours. Values pass through these as through norms."""
 _FIRST = frozenset(
     {
         aten.layer_norm.default,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from ..errors import InvalidArgument
@@ -39,6 +40,7 @@ class Context:
         progress: Where long work shows how far it is.
         build: Makes the program that some decisions give, for methods that search by trying; None where it cannot be.
         measured: Where a method leaves what it measured, by its name; it becomes the profile's.
+        tensors: What decisions name: rotations, rounded weights. The method fills it, the profile keeps it.
     """
 
     phases: Mapping[str, ExportedProgram]
@@ -49,6 +51,7 @@ class Context:
     progress: Progress = field(default_factory=lambda: Progress(False))
     build: Callable[[Sequence[Decision]], Any] | None = None
     measured: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Method(BaseModel, ABC):

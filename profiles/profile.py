@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -27,6 +27,7 @@ from ..errors import InvalidFile, StaleProfile
 from ..passes.decision import Decision
 from ..patterns.graph import GraphView
 from ..patterns.steps import StepRange
+from .tensor_file import TensorFile, read_tensors, write_tensors
 
 SCHEMA_VERSION = 1
 
@@ -56,17 +57,29 @@ class Profile(BaseModel):
     hardware: dict[str, str] = Field(default_factory=dict)
     data: str = Field("", description="SHA-256 of the calibration inputs, empty where there were none.")
     measured: dict[str, Any] = Field(default_factory=dict, description="Quality and speed as measured.")
+    tensor_file: TensorFile | None = Field(
+        default=None, description="The tensors that decisions name, in a file beside this."
+    )
+    _tensors: dict[str, Tensor] = PrivateAttr(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors that decisions name: rotations, rounded weights."""
+        return self._tensors
 
     def save(self, path: str | Path) -> None:
-        """Write the profile as JSON; an existing file is replaced only when the new one is complete.
+        """Write the profile as JSON, and its tensors beside it, if it has any.
+
+        An existing file is replaced only when the new one is complete.
 
         Raises:
             InvalidFile: The path cannot be written.
         """
         path = Path(path)
+        record = write_tensors(path, self.tensors) if self.tensors else None
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_text(self.model_dump_json(indent=1) + "\n")
+            temporary.write_text(self.model_copy(update={"tensor_file": record}).model_dump_json(indent=1) + "\n")
             os.replace(temporary, path)
         except OSError as error:
             raise InvalidFile(f"{path}: cannot be written: {error.strerror}") from error
@@ -78,7 +91,8 @@ class Profile(BaseModel):
         """Read a profile.
 
         Raises:
-            InvalidFile: The file is missing, is not JSON, or is no profile; the message names the first bad field.
+            InvalidFile: The file is missing, is not JSON, or is no profile; the message names the first bad field. Or
+                its tensors are not those that were saved with it.
             StaleProfile: It was written by another version of the schema.
         """
         path = Path(path)
@@ -88,7 +102,10 @@ class Profile(BaseModel):
             raise InvalidFile(f"{path}: {error.strerror or 'cannot be read'}") from error
         except (ValueError, UnicodeDecodeError) as error:
             raise InvalidFile(f"{path}: not a JSON file: {error}") from error
-        return cls.parse(values, str(path))
+        profile = cls.parse(values, str(path))
+        if profile.tensor_file is not None:
+            profile.tensors.update(read_tensors(path, profile.tensor_file))
+        return profile
 
     @classmethod
     def parse(cls, values: Any, source: str) -> Profile:

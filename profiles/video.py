@@ -142,7 +142,8 @@ class VideoMethod(Method):
 
 _LONG = 4096
 """From this length on blocks of 128, as in the kernels of the papers; shorter sequences would be too coarse in them. At
-4096 tokens of 48 channels on one core, density 0.6, blocks of 128 gave 1.2 to 1.5 times the dense speed, of 64 1.0 to 1.1.
+4096 tokens of 48 channels on one core, density 0.6, blocks of 128 gave 1.2 to 1.5 times the dense speed, of 64 hardly
+more than it.
 """
 
 

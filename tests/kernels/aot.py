@@ -42,6 +42,7 @@ class Request:
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] = ()
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,11 @@ def _compile(request: Request) -> Compiled:
             attrs={position: [["tt.divisibility", 16]] for position in aligned},
         ),
         target=GPUTarget("cuda", request.sm, 32),
-        options={"num_warps": request.num_warps, "num_stages": request.num_stages},
+        options={
+            "num_warps": request.num_warps,
+            "num_stages": request.num_stages,
+            **({} if request.max_registers is None else {"maxnreg": request.max_registers}),
+        },
     )
     return Compiled(*_assemble(made.asm["ptx"]), made.metadata.shared, made.asm["ptx"])
 

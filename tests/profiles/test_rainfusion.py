@@ -116,14 +116,17 @@ def test_every_family_is_dense_with_full_lists_and_sparse_with_others(family):
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox", "hunyuan", "mochi"])
-def test_dynamic_frames_run_at_other_lengths(family):
+def test_dynamic_frames_run_at_other_lengths_and_are_saved(family, tmp_path):
     model, inputs = make(family, *GRID)
     program = optimize(gw.capture_denoiser(model, inputs, dynamic_frames=True), **FULL)
     assert kept(program)
     _, longer = make(family, 7, *GRID[1:])
     with torch.no_grad():
         expected = model(**longer, return_dict=False)[0]
-    torch.testing.assert_close(program(**longer), expected, rtol=1e-4, atol=1e-5)
+    got = program(**longer)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    program.save(tmp_path / "program.gw")
+    assert torch.equal(gw.load(tmp_path / "program.gw")(**longer), got)
 
 
 def test_the_first_steps_run_dense_also_for_a_guidance_batch():
@@ -188,6 +191,26 @@ def test_attention_that_returns_probabilities_is_no_site():
     assert program.decisions == []
     refusals = program.history.refusals["main"]["attention"]
     assert any("probabilities" in refusal for refusal in refusals), refusals
+
+
+def test_a_mask_that_differs_between_queries_keeps_the_site_dense():
+    class Masked(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(2)
+            self.register_buffer("mask", torch.rand(FRAMES * FRAME, FRAMES * FRAME, generator=generator) > 0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = (
+                F.linear(x, weight).view(x.shape[0], x.shape[1], 3, 64).transpose(1, 2) for weight in self.weights
+            )
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask)
+
+    model, x = Masked().eval(), planted()
+    (decision,) = (program := optimize(model, (x,), grid=GRID)).decisions
+    assert decision.status == "refused"
+    assert "the mask is not the same for all queries" in decision.reason
+    torch.testing.assert_close(program(x), model(x))
 
 
 def test_attention_with_dropout_is_refused_when_it_is_captured():
