@@ -17,8 +17,8 @@ from graphwright.profiles.decode_loss import block_of, decode_loss, decoded_logi
 def compare_caches(packed: gw.Program, full: gw.Program, windows: Tensor, mode: str) -> RenderableType:
     """A table of both programs.
 
-    The perplexity is that of decoding token by token. The time is that of one token at the last position of the cache, on
-    one thread, the programs in turn. Bytes are those of the allocated state; "float16" is half of a float32 cache.
+    The perplexity is that of decoding token by token. The time is that of one token at the last position of the cache,
+    on one thread, the programs in turn. Bytes are those of the allocated state.
 
     Args:
         packed: A program of `capture_causal_lm` with its cache packed.

@@ -28,13 +28,13 @@ def launch(store: Tensor, positions: Tensor, new: Tensor, bits: int, form: Form)
     packing, size = Packing(bits, form, dim), store.shape[-1]
     codes, steps, tail = packing.planes(store)
     new = new.contiguous()
-    channels = triton.next_power_of_2(dim)
+    channels, groups = triton.next_power_of_2(dim), triton.next_power_of_2(max(dim // GROUP, 1))
     # Whatever the first position, so many blocks hold the new tokens.
     blocks = triton.cdiv(count + GROUP - 1, GROUP)
     _quantize_kernel[(batch * heads, blocks)](
         codes, steps, codes if tail is None else tail, new, positions, count, size,
-        DIM=dim, BITS=bits, FORM=FORM_NUMBERS[form], BLOCK_D=channels, GROUPS=triton.next_power_of_2(max(dim // GROUP, 1)),
-        PARTS=8 // bits, BLOCK_W=triton.next_power_of_2(packing.row), num_warps=4,
+        DIM=dim, BITS=bits, FORM=FORM_NUMBERS[form], BLOCK_D=channels, GROUPS=groups, PARTS=8 // bits,
+        BLOCK_W=triton.next_power_of_2(packing.row), num_warps=4,
     )  # fmt: skip
     if tail is not None:
         _tail_kernel[(batch * heads,)](tail, new, positions, count, size, DIM=dim, BLOCK_D=channels, num_warps=4)
@@ -43,7 +43,7 @@ def launch(store: Tensor, positions: Tensor, new: Tensor, bits: int, form: Form)
 
 @_jit
 def _value(new, tail, head, t, channel, first, base, count, size, DIM: tl.constexpr, FORM: tl.constexpr):
-    """Tokens `t` of the block at `base`: new ones, or those that the tail holds from before; zero where there is none."""
+    """Tokens `t` of the block at `base`: new ones, or what the tail holds from before; zero where there are none."""
     inside = channel < DIM
     fresh = inside & (t >= first) & (t < first + count)
     x = tl.load(new + (head * count + t - first) * DIM + channel, mask=fresh, other=0.0).to(tl.float32)
@@ -57,7 +57,7 @@ def _value(new, tail, head, t, channel, first, base, count, size, DIM: tl.conste
 def _scale(low, high, poison, BITS: tl.constexpr):
     """The step of a group in float16; NaN where `poison` says that a value is NaN or infinite."""
     span = tl.maximum(high - low, 1e-5)
-    return (tl.div_rn(span, tl.full(span.shape, (1 << BITS) - 1, tl.float32)) + poison).to(tl.float16)
+    return (tl.div_rn(span, tl.full(span.shape, 2**BITS - 1, tl.float32)) + poison).to(tl.float16)
 
 
 @_jit
@@ -72,10 +72,8 @@ def _quantize_kernel(
     base = (first // 32 + tl.program_id(1)) * 32
     stop = first + count
     tokens = base + tl.arange(0, 32)
-    if FORM == 0:
-        written = (tokens >= first) & (tokens < stop)
-    else:
-        written = (tokens >= 0) & (base + 32 <= stop)
+    # With a tail only whole blocks are packed, all of their tokens at once.
+    written = (tokens >= first) & (tokens < stop) if FORM == 0 else (tokens >= 0) & (base + 32 <= stop)
     steps += head * (size // 2)
     codes += head * size
     if FORM == 2:
@@ -117,7 +115,7 @@ def _quantize_kernel(
     x = _value(new, tail, head, t, channel, first, base, count, size, DIM, FORM)
     # Adding and subtracting 1.5 * 2^23 rounds half to even, like torch.round, also in the interpreter (no libdevice).
     code = (tl.div_rn(x - low, scale) + 12582912.0) - 12582912.0
-    code = tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1).to(tl.int32)
+    code = tl.minimum(tl.maximum(code, 0.0), 2**BITS - 1).to(tl.int32)
     packed = tl.sum(code << (part * BITS), 1)
     place = tokens[:, None] * WIDTH + tl.arange(0, BLOCK_W)[None, :]
     tl.store(codes + place, packed.to(tl.uint8), mask=written[:, None] & (tl.arange(0, BLOCK_W) < WIDTH)[None, :])

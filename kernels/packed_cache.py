@@ -132,9 +132,7 @@ class Packing:
         )
 
 
-def packings(
-    mode: str, key_bits: int, value_bits: int, head_dim: int, value_dim: int
-) -> tuple[Packing, Packing]:
+def packings(mode: str, key_bits: int, value_bits: int, head_dim: int, value_dim: int) -> tuple[Packing, Packing]:
     """How keys and values are packed in a mode.
 
     Raises:

@@ -60,9 +60,7 @@ def attend(
     return output
 
 
-def _scores(
-    rows: Tensor, planes: Planes, packing: Packing, begin: int, stop: int, cut: int, scratch: Tensor
-) -> Tensor:
+def _scores(rows: Tensor, planes: Planes, packing: Packing, begin: int, stop: int, cut: int, scratch: Tensor) -> Tensor:
     """Scores [B, H, rows, stop - begin] of scaled queries [B, H, rows, D]."""
     scores = rows.new_empty(*rows.shape[:3], stop - begin)
     total = rows.sum(-1, keepdim=True)

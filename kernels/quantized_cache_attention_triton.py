@@ -47,8 +47,8 @@ def launch(
     if y.numel() == 0:
         return y
     rows = count * query_heads // heads
-    block_r = max(16, min(64, triton.next_power_of_2(rows)))
-    blocks = triton.cdiv(rows, block_r)
+    block_r = max(16, min(64, 1 << (rows - 1).bit_length()))
+    blocks = -(-rows // block_r)
     splits = choose_splits(batch * heads * blocks, keys_as.capacity(key.shape[-1]))
     part = torch.empty(batch * heads, splits, rows, width, dtype=torch.float32, device=query.device)
     peak, total = (torch.empty(part.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
@@ -78,7 +78,7 @@ def warps_for(block_r: int) -> int:
 
 def choose_splits(programs: int, tokens: int) -> int:
     """Parts of the tokens: enough programs for about two a multiprocessor of a large GPU (132), of four blocks each."""
-    return max(1, min(triton.cdiv(264, programs), triton.cdiv(tokens, 4 * BLOCK_T), 64))
+    return max(1, min(-(-264 // programs), -(-tokens // (4 * BLOCK_T)), 64))
 
 
 def _pointers(store: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +96,7 @@ def _tokens(
     channel = tl.arange(0, BLOCK)
     mask = ok[:, None] & (channel < DIM)[None, :]
     byte = tl.load(codes + t[:, None] * ROW + (channel % ROW)[None, :], mask=mask, other=0).to(tl.int32)
-    code = (byte >> (channel // ROW * BITS)[None, :]) & ((1 << BITS) - 1)
+    code = (byte >> (channel // ROW * BITS)[None, :]) & (2**BITS - 1)
     if FORM == 0:
         scale = tl.load(steps + 2 * t, mask=ok, other=0.0).to(tl.float32)[:, None]
         low = tl.load(steps + 2 * t + 1, mask=ok, other=0.0).to(tl.float32)[:, None]

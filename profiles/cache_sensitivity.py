@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -19,14 +18,14 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from ..kernels.packed_cache import FORMS, round_trip
+from ..kernels.packed_cache import BITS, FORMS, round_trip
 from ..passes.dialects import graph_arguments
 from ..patterns.cache import CacheSite
 from ..patterns.graph import arguments
 
 Pair = tuple[int, int]
 """Bits of keys and of values."""
-PAIRS: tuple[Pair, ...] = tuple(product((8, 4, 2), repeat=2))
+PAIRS: tuple[Pair, ...] = tuple((keys, values) for keys in BITS for values in BITS)
 
 
 @dataclass(frozen=True)
@@ -103,10 +102,10 @@ def output_errors_of_pairs(
     exact = weights(key)
     wanted = outputs(exact, value)
     length = torch.linalg.vector_norm(wanted).clamp_min(1e-30)
-    packed = {bits: round_trip(value, bits, value_form) for bits in (8, 4, 2)}
+    packed = {bits: round_trip(value, bits, value_form) for bits in BITS}
     errors: dict[Pair, float] = {}
     shifts: dict[int, float] = {}
-    for key_bits in (8, 4, 2):
+    for key_bits in BITS:
         found = weights(round_trip(key, key_bits, key_form))
         shifts[key_bits] = float((found - exact).abs().sum(-1).mean())
         for value_bits, values in packed.items():
@@ -123,7 +122,7 @@ class _Runner(torch.fx.Interpreter):
         self._mode, self._on_step = mode, on_step
         self._sites = {site.node: site for site in sites}
         self.errors: dict[Node, dict[Pair, list[float]]] = {s.node: {pair: [] for pair in PAIRS} for s in sites}
-        self.shifts: dict[Node, dict[int, list[float]]] = {s.node: {8: [], 4: [], 2: []} for s in sites}
+        self.shifts: dict[Node, dict[int, list[float]]] = {s.node: {bits: [] for bits in BITS} for s in sites}
 
     def run_node(self, n: Node) -> Any:
         site = self._sites.get(n)

@@ -97,7 +97,9 @@ class KVTuner(Method):
         return self.table
 
     def _decision(self, site: CacheSite, pair: tuple[int, int] | None, refused: str) -> Decision:
-        decision = Decision(site=site.id, method=self.name, pass_name="quantize_cache", facts=site.describe())
+        decision = Decision(
+            site=site.id, method=self.name, pass_name="quantize_cache", facts=site.describe(), reason=""
+        )
         if pair is None or pair == (16, 16):
             reason = refused or "the table leaves this layer in full precision"
             return decision.model_copy(update={"status": "refused", "reason": reason})

@@ -76,7 +76,9 @@ def test_interpreted_appends_write_the_same_bytes():
     for result, case in zip(interpreted()[0], append_cases(), strict=True):
         expected = cache_append(*case)
         packing = Packing(case[3], case[4], case[2].shape[-1])
-        for name, found, wanted in zip(("codes", "steps", "tail"), packing.planes(result), packing.planes(expected)):
+        for name, found, wanted in zip(
+            ("codes", "steps", "tail"), packing.planes(result), packing.planes(expected), strict=True
+        ):
             if found is not None:
                 assert torch.equal(found, wanted), (name, case[1], case[3:])
 
@@ -120,8 +122,12 @@ def _part(sm: int, mode: str, bits: tuple[int, int], dim: int, rows: int, dtype:
 
 def _append(sm: int, form: int, bits: int, dim: int) -> Request:
     signature = {
-        "codes": "*u8", "steps": "*fp16", "tail": "*fp16", "new": "*bf16", "positions": "*i64", "count": "i32", "size": "i32",
-    }  # fmt: skip
+        "codes": "*u8",
+        **_pointers("steps tail", "*fp16"),
+        "new": "*bf16",
+        "positions": "*i64",
+        **_pointers("count size", "i32"),
+    }
     constants = {
         "DIM": dim, "BITS": bits, "FORM": form, "BLOCK_D": dim, "GROUPS": dim // 32, "PARTS": 8 // bits,
         "BLOCK_W": dim * bits // 8,
@@ -130,11 +136,8 @@ def _append(sm: int, form: int, bits: int, dim: int) -> Request:
 
 
 def test_kernels_compile_within_the_limits_of_each_device():
-    requests = [
-        _part(sm, mode, bits, dim, rows, "*bf16")
-        for sm in (80, 89, 90)
-        for mode, bits, dim, rows in (("per_token", (4, 2), 128, 16), ("kivi", (2, 4), 128, 16), ("kivi", (8, 8), 128, 64))
-    ]
+    parts = (("per_token", (4, 2), 128, 16), ("kivi", (2, 4), 128, 16), ("kivi", (8, 8), 128, 64))
+    requests = [_part(sm, *part, "*bf16") for sm in (80, 89, 90) for part in parts]
     requests += [_append(sm, form, bits, 128) for sm in (80, 90) for form, bits in ((0, 4), (1, 2), (2, 8))]
     for made, request in zip(compile_kernels(requests), requests, strict=True):
         assert made.fits(request.sm), (request, made)
