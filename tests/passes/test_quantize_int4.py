@@ -8,7 +8,7 @@ import torch
 from graphwright.kernels.hadamard import reference as hadamard
 from graphwright.kernels.int4_linear import reference
 from graphwright.kernels.int4_weights import quantize_groups
-from graphwright.optimize import prepare
+from graphwright.prepare import prepare
 from graphwright.passes.canonicalize import canonicalize
 from graphwright.passes.decision import Decision
 from graphwright.passes.dialects import run_functional
@@ -103,7 +103,7 @@ def test_a_cache_is_rounded_where_it_is_written_and_read():
         copy = copy_exported(program)
         sites = prepared.sites[name].cache
         wanted = [
-            Decision(site=s.id, method="t", pass_name="quantize_cache", options={"group": s.head_dim}) for s in sites
+            Decision(site=s.id, method="t", pass_name="fake_quantize_cache", options={"group": s.head_dim}) for s in sites
         ]
         rewriting = apply_decisions(copy, name, wanted)
         assert not rewriting.failed
@@ -112,5 +112,5 @@ def test_a_cache_is_rounded_where_it_is_written_and_read():
         assert len(made) == 2 * len(sites)
         after = find_sites(GraphView(copy), name).cache
         assert {node for site in after for node in (site.new_key, site.new_value)} == set(made)
-    bad = Decision(site=sites[0].id, method="t", pass_name="quantize_cache", options={"group": 5})
+    bad = Decision(site=sites[0].id, method="t", pass_name="fake_quantize_cache", options={"group": 5})
     assert "multiple of group=5" in apply_decisions(copy_exported(program), name, [bad]).failed[bad.site]
