@@ -109,13 +109,8 @@ class Setting:
 def quality(setting: Setting, method: gw.Method) -> dict[str, Any]:
     """Density, recall, PSNR and SSIM of one method over a whole sampling."""
     program = setting.optimize(method)
-    kept = [decision for decision in program.decisions if decision.status == "kept"]
     found = compare(setting.reference, setting.sample(program))
-    heads = [(d, r) for k in kept for d, r in zip(k.figures["density"], k.figures["recall"], strict=True)]
-    found["density"] = sum(d for d, _ in heads) / max(len(heads), 1)
-    found["recall"] = sum(r for _, r in heads) / max(len(heads), 1)
-    found["sites"] = len(kept)
-    return found
+    return found | {"density": _mean(program, "density"), "recall": _mean(program, "recall")}
 
 
 def curve(setting: Setting, methods: Mapping[str, gw.Method]) -> dict[str, dict[str, Any]]:

@@ -26,16 +26,26 @@ class Config:
 
 
 def choose_config(head_dim: int, block_size: int, item_size: int, capability: tuple[int, int]) -> Config:
-    """Tiles for ``head_dim`` channels of ``item_size`` bytes in blocks of ``block_size``."""
+    """Tiles for ``head_dim`` channels of ``item_size`` bytes in blocks of ``block_size``.
+
+    16-bit tiles of up to 128 channels leave room for two programs on a multiprocessor, since one computes its softmax
+    while the other multiplies. On an H100, [1, 24, 32760, 128] in bfloat16 at density 0.25, milliseconds and share of
+    what cuDNN's dense attention takes for as many products:
+
+        block 128     128 queries x 64 keys, 8 warps, 128 registers         6.1  0.88   (by pointers 5.8, but it spills)
+                      the same with 186 registers, so one program           9.4  0.57
+                      128 x 32, 8 warps, 128 registers                      7.8  0.68
+                      128 x 128, 8 warps                                    7.5  0.71
+                      64 x 64, 4 warps                                      9.0  0.59
+        block 64      64 x 64, 4 warps, two or three stages                 7.2  0.74    (by pointers 8.3)
+                      64 x 32, 4 warps                                      9.1  0.59
+
+    With 64 channels it is 0.90 and 0.99. Tiles for other devices were chosen by what ptxas says of them.
+    """
     channels = padded(head_dim)
-    if item_size > 2:  # three products of tf32 hold many registers
-        return (
-            Config(64, 32, 4, 1)
-            if channels <= 64
-            else Config(32, 32, 4, 1)
-            if channels == 128
-            else Config(16, 16, 4, 1)
-        )
+    if item_size > 2:  # the three products of tf32 hold many registers
+        rows = {128: 32, 256: 16}.get(channels, 64)
+        return Config(rows, min(rows, 32), 4, 1)
     if (9, 0) <= capability < (12, 0):
         if channels > 128:
             return Config(64, 32, 4, 2, None, True)
@@ -44,7 +54,7 @@ def choose_config(head_dim: int, block_size: int, item_size: int, capability: tu
         return Config(128, 64, 8, 2, 128, True)
     if channels > 128:
         return Config(32, 32, 4, 2)
-    return Config(64, 32, 4, 2) if channels == 128 else Config(64, 64, 4, 2)
+    return Config(64, 32 if channels == 128 else 64, 4, 2)
 
 
 def padded(head_dim: int) -> int:
@@ -66,7 +76,6 @@ def launch(
     scale: float | None,
     with_lse: bool,
     capability: tuple[int, int] | None = None,
-    sort_heads: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Run the Triton kernels, arguments unchecked, on query's device (the CPU under TRITON_INTERPRET=1).
 
@@ -96,9 +105,9 @@ def launch(
     tiles = -(-q_places // config.block_m)
     if batch * heads * tiles == 0:
         return output, lse
-
     if k_places == 0:
         return output.zero_(), lse.fill_(float("-inf"))
+
     of_head = _rows_of_heads(pattern, rows, batch, heads, query.device)
     pattern = None if pattern is None else pattern.contiguous()
     held = counts
@@ -115,7 +124,8 @@ def launch(
         tile_rows = (config.block_m, config.block_n, config.block_n)
         sources = [_descriptor(t, number) for t, number in zip(sources, tile_rows, strict=True)]
     key_bias = None if key_bias is None else key_bias.contiguous()
-    head_order = counts.sum(1)[of_head].argsort(descending=True) if sort_heads else counts
+    sort = rows > 1  # heads with long lists first, so that the last programs are short
+    head_order = counts.sum(1)[of_head].argsort(descending=True) if sort else counts
     attend_kernel[(batch * heads * tiles,)](
         *sources, counts, blocks,
         counts if pattern is None else pattern, counts if order is None else order, held,
@@ -129,7 +139,7 @@ def launch(
         key_n=key.stride(2), value_n=value.stride(2),
         D=head_dim, BLOCK_D=padded(head_dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_SIZE=block_size,
         DESCRIPTORS=config.descriptors, HAS_PATTERN=pattern is not None, HAS_ORDER=order is not None,
-        HAS_BIAS=key_bias is not None, HAS_LSE=with_lse, HAS_HEAD_ORDER=sort_heads,
+        HAS_BIAS=key_bias is not None, HAS_LSE=with_lse, HAS_HEAD_ORDER=sort,
         WHOLE=key_blocks * block_size <= k_places,
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.max_registers,
     )  # fmt: skip
@@ -148,11 +158,14 @@ def _front(order: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
     Attention to a block does not depend on the order of keys inside it.
     """
+    from .block_sparse_attention_triton import front_kernel
+
     rows, places = order.shape
-    blocks = torch.nn.functional.pad(order, (0, -places % block_size), value=-1).view(rows, -1, block_size)
-    empty = blocks < 0
-    front = blocks.gather(2, empty.byte().argsort(dim=2, stable=True))
-    return front.view(rows, -1)[:, :places].contiguous(), block_size - empty.sum(2, dtype=torch.int32)
+    blocks = -(-places // block_size)
+    front = torch.empty_like(order)
+    held = torch.empty((rows, blocks), dtype=torch.int32, device=order.device)
+    front_kernel[(blocks, rows)](order, front, held, places, BLOCK_SIZE=block_size)
+    return front, held
 
 
 def _ordered(rows: Tensor, order: Tensor, pattern: Tensor | None, heads: int, share: int, lists: int) -> Tensor:

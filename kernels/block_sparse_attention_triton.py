@@ -163,6 +163,21 @@ def attend_kernel(
 
 
 @_jit
+def front_kernel(order, front, held, PLACES, BLOCK_SIZE: tl.constexpr):
+    """Put the tokens of a block of positions before its empty positions, and count them; the grid is (blocks, rows)."""
+    block = tl.program_id(0)
+    first = tl.program_id(1).to(tl.int64) * PLACES
+    places = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    tokens = tl.load(order + first + places, mask=places < PLACES, other=-1)
+    holds = (tokens >= 0).to(tl.int32)
+    number = tl.sum(holds, 0)
+    rank = tl.where(tokens >= 0, tl.cumsum(holds, 0), number + tl.cumsum(1 - holds, 0)) - 1
+    target = block * BLOCK_SIZE + rank
+    tl.store(front + first + target, tokens, mask=target < PLACES)
+    tl.store(held + tl.program_id(1) * tl.num_programs(0) + block, number)
+
+
+@_jit
 def order_kernel(
     source, order, pattern, target, H, GROUP, SHARE, R, PLACES, source_b, source_h, source_n, target_h, target_n,
     pattern_b, order_r, D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_PATTERN: tl.constexpr,

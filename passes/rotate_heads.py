@@ -26,7 +26,7 @@ from ..patterns.graph import Refusal, arguments
 from ..patterns.value_path import ValuePath, find_value_path, new_operand, per_head
 from .base import SitePass
 from .edit import Edit
-from .rotate import not_a_rotation
+from .rotate import not_a_rotation, sharpened
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RotateHeads(SitePass[AttentionSite]):
         if self.values:
             path = find_value_path(edit.view, site)
             assert isinstance(path, ValuePath)
-            _fold(edit, path, edit.shared[self.values].double())
+            _fold(edit, path, sharpened(edit.shared[self.values]))
         if self.keys:
             new = new_operand(edit.view, site.node, site.key)
             assert isinstance(new, Node)

@@ -63,7 +63,11 @@ class DartQuant(Method):
     )
     group: int | None = Field(None, description="Input channels that share a step; None: 128, or 64 or 32 to divide.")
     weights: Literal["gptq", "rtn"] = Field("gptq", description="How weights are rounded: GPTQ, or to nearest.")
-    damp: float = Field(0.1, gt=0, description="GPTQ: share of the mean diagonal that is added to it.")
+    damp: float | None = Field(
+        None,
+        gt=0,
+        description="GPTQ: share of the mean diagonal that is added; None: 0.1 behind a rotation, else 0.01.",
+    )
     clip: float | None = Field(
         None, gt=0, le=1, description="Share of a token's range that is kept; None: 0.9 at 4 bits (published), 1 at 8."
     )
@@ -107,7 +111,7 @@ class DartQuant(Method):
             )
         rotations = _Rotations(self, context, phase, wanted)
         exact = rotations.decisions if wanted else []
-        rounded = self._round(context, phase, inputs, exact, rotations.online, wanted)
+        rounded = self._round(context, phase, inputs, exact, rotations, wanted)
         return [*exact, *self._linears(context, plans, rotations.online, rounded), *self._caches(context)]
 
     def _plan(self, site: LinearSite) -> Precision | str:
@@ -135,7 +139,7 @@ class DartQuant(Method):
         phase: str,
         inputs: Sequence[list[Any]],
         exact: Sequence[Decision],
-        online: Mapping[str, bool],
+        rotations: _Rotations,
         wanted: Mapping[str, Precision],
     ) -> dict[str, str]:
         """GPTQ on the rotated program, layer by layer; place -> prefix of the tensors in the profile."""
@@ -149,7 +153,11 @@ class DartQuant(Method):
         known: dict[tuple[Node, bool], Tensor] = {}
 
         def handler(site: LinearSite) -> Handler:
-            plan, rotated = four[site.place], online.get(site.place, False)
+            plan, rotated = four[site.place], rotations.online.get(site.place, False)
+            # Outlier channels make the mean diagonal large: 0.1 of it, the published share, leaves nothing to be
+            # learned for the others where they have not been spread.
+            flat = rotated or site.place in rotations.flat
+            damp = self.damp if self.damp is not None else (0.1 if flat else 0.01)
 
             def run(calls: list[tuple[Any, ...]]) -> list[Tensor]:
                 change: Callable[[Tensor], Tensor] = hadamard.reference if rotated else torch.Tensor.float
@@ -158,7 +166,7 @@ class DartQuant(Method):
                 if key not in known:
                     known.clear()  # what reads one activation follows one another
                     known[key] = _hessian(rows, site)
-                made = gptq(change(calls[0][1]), known[key], plan.group, self.damp)
+                made = gptq(change(calls[0][1]), known[key], plan.group, damp)
                 names[site.place] = _tensor_name(site.place)
                 context.tensors.update({f"{names[site.place]}.{part}": getattr(made, part) for part in Int4._fields})
                 weight, dtype = dequantized(made), calls[0][0].dtype
@@ -263,12 +271,14 @@ class _Rotations:
     Attributes:
         decisions: What to do in every phase, and what was not done and why.
         online: Place of a linear -> whether its input is rotated as it is quantized (R4).
+        flat: Places of linears whose input is rotated by what is folded (R1, R2).
     """
 
     def __init__(self, method: DartQuant, context: Context, phase: str, wanted: Mapping[str, Precision]) -> None:
         self.method, self.context, self.phase, self.wanted = method, context, phase, wanted
         self.decisions: list[Decision] = []
         self.online: dict[str, bool] = {}
+        self.flat: set[str] = set()
         if method.rotate == "never" or not wanted:
             return
         self.generator = torch.Generator().manual_seed(method.seed)
@@ -308,6 +318,7 @@ class _Rotations:
                 return self._refuse(stream.place, "rotate", "measured no better than unrotated", facts)
         name = f"{_tensor_name(stream.place)}.rotation"
         self.context.tensors[name] = rotation
+        self.flat |= {self.sites[linear].place for linear in read}
         self._decide(stream.place, "rotate", {"rotation": name}, facts)
         return None
 
@@ -356,7 +367,9 @@ class _Rotations:
                     options.clear()
             if options and self._guarded(site.place, options) is not None:
                 options.clear()
-            if not options:
+            if options:
+                self.flat.add(self.sites[path.output].place)
+            else:
                 del self.context.tensors[name]
         if self.method.kv_bits < 16 and self._guarded(site.place, {"keys": True}) is None:
             options["keys"] = True

@@ -24,7 +24,6 @@ def test_full_bands_give_the_dense_video(setting):
     assert found["density"] == 1.0
     assert found["recall"] == pytest.approx(1, abs=1e-4)
     assert found["psnr"] > 80
-    assert found["sites"] == 6
 
 
 def test_whole_samplings_are_timed_and_compared(setting):

@@ -12,12 +12,19 @@ MULTIPROCESSOR = {80: 164 * 1024, 89: 100 * 1024, 90: 228 * 1024}
 """Shared memory of a multiprocessor; each program takes 1 KiB more than it asks for (CUDA programming guide)."""
 REGISTERS = 65536
 """Of a multiprocessor, given out by 8 a thread (same guide)."""
-FORMS: list[dict[str, bool]] = [{}, {"order": True}, {"bias": True}, {"order": True, "bias": True}]
+BOTH = {"order": True, "bias": True}
+HOPPER = [(128, 128, form) for form in ({}, {"order": True}, {"bias": True}, BOTH)]
+TILES = {
+    80: [(64, 64, {}), (128, 64, {}), (128, 128, BOTH)],
+    89: [(64, 128, BOTH), (128, 64, {}), (128, 128, BOTH)],
+    90: [(64, 64, BOTH), (64, 128, BOTH), (128, 64, {}), (128, 64, BOTH), *HOPPER],
+}
+"""Channels, block size and form: elder devices have the same tiles for both block sizes."""
 
 
-@pytest.mark.parametrize("sm", [80, 89, 90])
-def test_tiles_fit_twice_on_a_multiprocessor_of_each_device(sm):
-    requests = [_request(sm, head_dim, size, **form) for head_dim in (64, 128) for size in (64, 128) for form in FORMS]
+@pytest.mark.parametrize("sm", TILES)
+def test_two_programs_fit_a_multiprocessor(sm):
+    requests = [_request(sm, head_dim, block_size, **form) for head_dim, block_size, form in TILES[sm]]
     for made, request in zip(compile_kernels(requests), requests, strict=True):
         assert made.fits(sm), (request, made)
         registers = -(-made.registers // 8) * 8 * 32 * request.num_warps
@@ -27,8 +34,26 @@ def test_tiles_fit_twice_on_a_multiprocessor_of_each_device(sm):
 
 
 def test_other_head_dims_and_float32_fit_each_device():
-    requests = [_request(sm, head_dim, 64) for sm in (80, 89, 90) for head_dim in (48, 96, 256)]
+    requests = [_request(sm, head_dim, 64) for sm, head_dim in ((80, 48), (89, 256), (90, 96), (90, 256))]
     requests += [_request(sm, 64, 64, kind="fp32") for sm in (89, 90)]
+    for made, request in zip(compile_kernels(requests), requests, strict=True):
+        assert made.fits(request.sm), (request, made)
+
+
+def test_the_kernels_that_order_rows_fit():
+    sizes = ["H", "GROUP", "SHARE", "R", "PLACES", "target_h", "target_n", "pattern_b", "order_r"]
+    sizes += ["source_b", "source_h", "source_n"]
+    rows = {"source": "*bf16", "order": "*i32", "pattern": "*i32", "target": "*bf16", **dict.fromkeys(sizes, "i32")}
+    module = "graphwright.kernels.block_sparse_attention_triton"
+    requests = [
+        Request(f"{module}:order_kernel", rows, {"D": 128, "BLOCK_D": 128, "HAS_PATTERN": True}, sm=90),
+        Request(
+            f"{module}:front_kernel",
+            {"order": "*i32", "front": "*i32", "held": "*i32", "PLACES": "i32"},
+            {"BLOCK_SIZE": 128},
+            sm=90,
+        ),
+    ]
     for made, request in zip(compile_kernels(requests), requests, strict=True):
         assert made.fits(request.sm), (request, made)
 

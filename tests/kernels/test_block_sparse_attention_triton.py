@@ -21,9 +21,9 @@ def arguments(case: Case) -> tuple[Any, ...]:
     return (*case, True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_interpreted_kernels_agree_with_the_exact_attention(dtype):
-    cases = [make_case(**sizes, dtype=dtype) for sizes in SIZES.values()]
+def test_interpreted_kernels_agree_with_the_exact_attention():
+    cases = [make_case(**sizes) for sizes in SIZES.values()]
+    cases += [make_case(**SIZES[name], dtype=torch.float16) for name in ("plain", "tails", "bias", "large scores")]
     for made, case in zip(interpret([Call(LAUNCH, arguments(case)) for case in cases]), cases, strict=True):
         assert_within_rounding(made, case)
 
@@ -84,9 +84,9 @@ class TestOnTheGpu:
         assert_within_rounding((output.cpu(), lse.cpu()), case)
         for with_bias in (on_gpu, on_gpu._replace(key_bias=None)):
             one = launch(*with_bias, True)
-            for other in (launch(*with_bias, True, capability=(8, 0)), launch(*with_bias, True, sort_heads=False)):
-                torch.testing.assert_close(one[0], other[0], atol=2e-2, rtol=2e-2)
-                torch.testing.assert_close(one[1], other[1], atol=1e-3, rtol=1e-4)
+            other = launch(*with_bias, True, capability=(8, 0))
+            torch.testing.assert_close(one[0], other[0], atol=2e-2, rtol=2e-2)
+            torch.testing.assert_close(one[1], other[1], atol=1e-3, rtol=1e-4)
 
     def test_nothing_waits_and_no_map_is_stored(self):
         case = make_case(1, 2, 2, 8192, head_dim=64, block_size=128, density=0.2, dtype=torch.bfloat16, rows=2)
