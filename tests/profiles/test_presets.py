@@ -21,7 +21,13 @@ def test_every_preset_makes_its_method_and_names_its_source(name):
 
 
 def test_the_models_of_the_papers_are_there():
-    assert {name.split("/")[0] for name in presets()} >= {"wan2.1", "hunyuanvideo", "cogvideox", "llama-3.1-8b", "qwen2.5-7b"}
+    assert {name.split("/")[0] for name in presets()} >= {
+        "wan2.1",
+        "hunyuanvideo",
+        "cogvideox",
+        "llama-3.1-8b",
+        "qwen2.5-7b",
+    }
 
 
 def test_an_unknown_preset_is_named_with_those_that_there_are():
