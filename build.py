@@ -56,8 +56,8 @@ def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Progr
     ]
     captured = prepared.captured
     history = History(records, _refusals(prepared), before, dict(prepared.measured))
-    final = profile.model_copy(update={"decisions": decisions})
-    return Program(phases, captured.inputs, captured.kind, captured.facts, final, history)
+    settled = profile.model_copy(update={"decisions": decisions})
+    return Program(phases, captured.inputs, captured.kind, captured.facts, settled, history)
 
 
 def _refusals(prepared: Prepared) -> dict[str, dict[str, list[str]]]:

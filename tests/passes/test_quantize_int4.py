@@ -8,7 +8,6 @@ import torch
 from graphwright.kernels.hadamard import reference as hadamard
 from graphwright.kernels.int4_linear import reference
 from graphwright.kernels.int4_weights import quantize_groups
-from graphwright.prepare import prepare
 from graphwright.passes.canonicalize import canonicalize
 from graphwright.passes.decision import Decision
 from graphwright.passes.dialects import run_functional
@@ -16,6 +15,7 @@ from graphwright.passes.edit import copy_exported
 from graphwright.passes.rewrite import apply_decisions
 from graphwright.patterns.find import find_sites
 from graphwright.patterns.graph import GraphView
+from graphwright.prepare import prepare
 from tests.graph_text import functional
 from tests.models import captured_llama
 
@@ -103,7 +103,8 @@ def test_a_cache_is_rounded_where_it_is_written_and_read():
         copy = copy_exported(program)
         sites = prepared.sites[name].cache
         wanted = [
-            Decision(site=s.id, method="t", pass_name="fake_quantize_cache", options={"group": s.head_dim}) for s in sites
+            Decision(site=s.id, method="t", pass_name="fake_quantize_cache", options={"group": s.head_dim})
+            for s in sites
         ]
         rewriting = apply_decisions(copy, name, wanted)
         assert not rewriting.failed
