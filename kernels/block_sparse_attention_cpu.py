@@ -77,7 +77,7 @@ def attend(
     output = query.new_zeros(query.shape)
     lse = torch.full(query.shape[:3], _NEVER)
     plans: dict[int, _Plan] = {}
-    scratch = _Scratch(block_size, query.shape[3])
+    scratch = _Scratch(block_size, query.shape[3], dtype)
     for b in range(batch):
         for h in range(heads):
             row = int(rows[b, h])
@@ -233,9 +233,10 @@ def _chunks(length: int, block_size: int) -> Iterator[tuple[int, int]]:
 class _Scratch:
     """Memory for what is gathered and for scores, used again: fresh pages cost more than the arithmetic."""
 
-    def __init__(self, block_size: int, width: int) -> None:
+    def __init__(self, block_size: int, width: int, dtype: torch.dtype) -> None:
         self._block_size = block_size
         self._width = width
+        self._dtype = dtype
         self._held: dict[str, Tensor] = {}
         self._views: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
 
@@ -264,23 +265,27 @@ class _Scratch:
 
     def _memory(self, name: str, number: int) -> Tensor:
         if name not in self._held or len(self._held[name]) < number:
-            self._held[name] = torch.empty(number)
+            self._held[name] = torch.empty(number, dtype=self._dtype)
         return self._held[name][:number]
 
 
 def _fused_batches(head: _Head, plan: _Plan, output: Tensor, scratch: _Scratch) -> Tensor:
     """The same by aten's attention over the gathered keys, of lists that are equally long."""
-    threads = torch.get_num_threads()
-    queries, keys, values = (t.view(-1, head.block_size, t.shape[1]) for t in (head.query, head.key, head.value))
-    lse = torch.empty(len(plan.lengths), head.block_size)
+    size, threads = head.block_size, torch.get_num_threads()
+    queries, keys, values = (t.view(-1, size * t.shape[1]) for t in (head.query, head.key, head.value))
+    lse = torch.empty(len(plan.lengths), size)
     start = 0
     while start < len(lse):
         length = plan.lengths[start]
         stop = bisect_right(plan.lengths, -length, start, min(start + threads, len(lse)), key=neg)
-        blocks, index = plan.blocks[start:stop], plan.index[start:stop, : -(-length // head.block_size)]
+        blocks, index = plan.blocks[start:stop], plan.index[start:stop, : -(-length // size)]
+        q_rows, q, _ = scratch.queries(len(blocks))
+        k_rows, v_rows, k, v, _ = scratch.keys(len(blocks), length)
+        torch.index_select(queries, 0, blocks, out=q_rows)
+        torch.index_select(keys, 0, index.flatten(), out=k_rows)
+        torch.index_select(values, 0, index.flatten(), out=v_rows)
         bias = _gathered_bias(head, index, plan.lengths[start:stop])
-        key, value = (t[index].flatten(1, 2)[:, :length] for t in (keys, values))
-        output[blocks], lse[start:stop] = _fused(queries[blocks], key, value, bias, head.scale)
+        output[blocks], lse[start:stop] = _fused(q, k.mT, v, bias, head.scale)
         start = stop
     return lse
 
