@@ -30,16 +30,18 @@ FlexAttention's BlockMask (arXiv:2412.05496); the dense tails are the protected 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
-from . import block_sparse_attention_cpu
 from .block_lists import keep_of
+from .block_sparse_attention_cpu import attend
 from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
 
 HAS_TRITON = find_spec("triton") is not None
@@ -69,6 +71,19 @@ CONTRACT = Contract(
 LSE_CONTRACT = replace(CONTRACT, operator="block_sparse_attention_lse")
 
 
+class Tensors(NamedTuple):
+    """The tensors that both operators take, in their order."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    counts: Tensor
+    blocks: Tensor
+    pattern: Tensor | None = None
+    order: Tensor | None = None
+    key_bias: Tensor | None = None
+
+
 def dense_is_faster(device_type: str, queries: int, keys: int, density: float, head_dim: int) -> str | None:
     """The reason why dense attention is expected to be faster there, or ``None``: what rewrites ask.
 
@@ -82,42 +97,14 @@ def dense_is_faster(device_type: str, queries: int, keys: int, density: float, h
     return None
 
 
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    pattern: Tensor | None = None,
-    order: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    *,
-    key_blocks: int,
-    block_size: int,
-    scale: float | None = None,
-) -> Tensor:
+def reference(*tensors: Any, key_blocks: int, block_size: int, scale: float | None = None) -> Tensor:
     """The formula in float32 operators (float64 for float64); it stores the score maps of all heads."""
-    return reference_lse(
-        query, key, value, counts, blocks, pattern, order, key_bias,
-        key_blocks=key_blocks, block_size=block_size, scale=scale,
-    )[0]  # fmt: skip
+    return reference_lse(*tensors, key_blocks=key_blocks, block_size=block_size, scale=scale)[0]
 
 
-def reference_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    pattern: Tensor | None = None,
-    order: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    *,
-    key_blocks: int,
-    block_size: int,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
+def reference_lse(*tensors: Any, key_blocks: int, block_size: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """`reference` and the logarithm of each query's sum ``[B, H, N]``."""
+    query, key, value, counts, blocks, pattern, order, key_bias = Tensors(*tensors)
     batch, heads, queries, head_dim = query.shape
     group = heads // key.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -220,169 +207,78 @@ def block_sparse_attention_lse(
 
 
 @block_sparse_attention.register_fake
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    pattern: Tensor | None = None,
-    order: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    *,
-    key_blocks: int,
-    block_size: int,
-    scale: float | None = None,
-) -> Tensor:
-    _require(CONTRACT, query, key, value, counts, blocks, pattern, order, key_bias, key_blocks, block_size, False)
+def _fake(*tensors: Any, key_blocks: int, block_size: int, scale: float | None = None) -> Tensor:
+    query = _required(CONTRACT, tensors, key_blocks, block_size, proved=False).query
     return query.new_empty(query.shape)
 
 
 @block_sparse_attention_lse.register_fake
-def _fake_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    pattern: Tensor | None = None,
-    order: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    *,
-    key_blocks: int,
-    block_size: int,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    _require(LSE_CONTRACT, query, key, value, counts, blocks, pattern, order, key_bias, key_blocks, block_size, False)
+def _fake_lse(*tensors: Any, key_blocks: int, block_size: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    query = _required(LSE_CONTRACT, tensors, key_blocks, block_size, proved=False).query
     return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-def _cpu_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    pattern: Tensor | None = None,
-    order: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    *,
-    key_blocks: int,
-    block_size: int,
-    scale: float | None = None,
-    contract: Contract = LSE_CONTRACT,
+def _cpu(*tensors: Any, key_blocks: int, block_size: int, scale: float | None = None) -> Tensor:
+    return _run_on_cpu(CONTRACT, tensors, key_blocks, block_size, scale)[0]
+
+
+def _cpu_lse(*tensors: Any, key_blocks: int, block_size: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    return _run_on_cpu(LSE_CONTRACT, tensors, key_blocks, block_size, scale)
+
+
+def _cuda(*tensors: Any, key_blocks: int, block_size: int, scale: float | None = None) -> Tensor:
+    return _run_on_cuda(CONTRACT, tensors, key_blocks, block_size, scale)[0]
+
+
+def _cuda_lse(*tensors: Any, key_blocks: int, block_size: int, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    return _run_on_cuda(LSE_CONTRACT, tensors, key_blocks, block_size, scale)
+
+
+def _run_on_cpu(
+    contract: Contract, tensors: Sequence[Any], key_blocks: int, block_size: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    _require(contract, query, key, value, counts, blocks, pattern, order, key_bias, key_blocks, block_size)
-    rows = list_rows(pattern, len(counts), *query.shape[:2], query.device)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return block_sparse_attention_cpu.attend(
-        query, key, value, counts, blocks, rows, order, key_bias, key_blocks, block_size, scale
-    )
+    given = _required(contract, tensors, key_blocks, block_size)
+    query, key, value, counts, blocks, pattern, order, key_bias = given
+    batch, heads, _, head_dim = query.shape
+    rows = list_rows(pattern, len(counts), batch, heads, query.device)
+    factor = head_dim**-0.5 if scale is None else scale
+    return attend(query, key, value, counts, blocks, rows, order, key_bias, key_blocks, block_size, factor)
 
 
-def _cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    pattern: Tensor | None = None,
-    order: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    *,
-    key_blocks: int,
-    block_size: int,
-    scale: float | None = None,
-) -> Tensor:
-    return _cpu_lse(
-        query, key, value, counts, blocks, pattern, order, key_bias,
-        key_blocks=key_blocks, block_size=block_size, scale=scale, contract=CONTRACT,
-    )[0]  # fmt: skip
-
-
-def _cuda_lse(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    pattern: Tensor | None = None,
-    order: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    *,
-    key_blocks: int,
-    block_size: int,
-    scale: float | None = None,
-    contract: Contract = LSE_CONTRACT,
+def _run_on_cuda(
+    contract: Contract, tensors: Sequence[Any], key_blocks: int, block_size: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
+    device = Tensors(*tensors).query.device
     if not HAS_TRITON:
-        raise missing_kernel(contract.operator, query.device, "triton is not installed (pip install triton)")
-    _require(contract, query, key, value, counts, blocks, pattern, order, key_bias, key_blocks, block_size)
-    if (reason := _missing_on(query.device)) is not None:
-        raise missing_kernel(contract.operator, query.device, reason)
+        raise missing_kernel(contract.operator, device, "triton is not installed (pip install triton)")
+    given = _required(contract, tensors, key_blocks, block_size)
+    if (reason := _missing_on(device)) is not None:
+        raise missing_kernel(contract.operator, device, reason)
     from .block_sparse_attention_cuda import launch
 
-    with torch.cuda.device(query.device):
-        return launch(
-            query, key, value, counts, blocks, pattern, order, key_bias, key_blocks, block_size, scale,
-            with_lse=contract is LSE_CONTRACT,
-        )  # fmt: skip
+    with torch.cuda.device(device):
+        return launch(*given, key_blocks, block_size, scale, with_lse=contract is LSE_CONTRACT)
 
 
-def _cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    pattern: Tensor | None = None,
-    order: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    *,
-    key_blocks: int,
-    block_size: int,
-    scale: float | None = None,
-) -> Tensor:
-    return _cuda_lse(
-        query, key, value, counts, blocks, pattern, order, key_bias,
-        key_blocks=key_blocks, block_size=block_size, scale=scale, contract=CONTRACT,
-    )[0]  # fmt: skip
-
-
-def _require(
+def _required(
     contract: Contract,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    pattern: Tensor | None,
-    order: Tensor | None,
-    key_bias: Tensor | None,
+    tensors: Sequence[Any],
     key_blocks: int,
     block_size: int,
     proved: bool = True,
-) -> None:
-    contract.require(
-        query=query, key=key, value=value, counts=counts, blocks=blocks, pattern=pattern, order=order,
-        key_bias=key_bias, key_blocks=key_blocks, block_size=block_size, proved=proved,
-    )  # fmt: skip
-    reason = _misfit(query, key, value, counts, pattern, order, key_blocks, block_size)
+) -> Tensors:
+    """The tensors by name, if the contract holds and sizes fit each other; raises InvalidArgument."""
+    given = Tensors(*tensors)
+    contract.require(**given._asdict(), key_blocks=key_blocks, block_size=block_size, proved=proved)
+    reason = _misfit(given, key_blocks, block_size)
     if reason is not None:
         raise InvalidArgument(f"{contract.operator}: {reason}")
+    return given
 
 
-def _misfit(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    pattern: Tensor | None,
-    order: Tensor | None,
-    key_blocks: int,
-    block_size: int,
-) -> str | None:
+def _misfit(given: Tensors, key_blocks: int, block_size: int) -> str | None:
     """The first relation between arguments that fails; symbolic sizes are not compared."""
+    query, key, value, counts, _, pattern, order, _ = given
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
             return f"got {name} of {tensor.dtype}, expected {query.dtype} as query has"

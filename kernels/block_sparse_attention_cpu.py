@@ -148,12 +148,12 @@ def _place_bias(
 class _Plan(NamedTuple):
     """What the query blocks of a row read, those with most keys first, those with none left out.
 
-    `blocks` int64 [n] are the query blocks, `index` int64 [n, W] their key blocks and then the tail's, `lengths` the
+    `blocks` int64 [n] are the query blocks, `keys` int64 [n, W] their key blocks and then the tail's, `lengths` the
     numbers of their keys; `governed` is the number of positions that the lists hold for.
     """
 
     blocks: Tensor
-    index: Tensor
+    keys: Tensor
     lengths: list[int]
     governed: int
 
@@ -194,7 +194,7 @@ def _products(head: _Head, plan: _Plan, output: Tensor, scratch: _Scratch) -> Te
     queries, keys, values = (t.view(-1, size * t.shape[1]) for t in (head.query, head.key, head.value))
     total = torch.zeros(len(plan.lengths), size, 1)
     peak = torch.full(total.shape, 0.0 if small else torch.finfo(total.dtype).min)
-    parts = (t.split(threads) for t in (plan.blocks, plan.index, total, peak))
+    parts = (t.split(threads) for t in (plan.blocks, plan.keys, total, peak))
     for first, (blocks, index, t, p) in zip(range(0, len(total), threads), zip(*parts, strict=True), strict=True):
         lengths = plan.lengths[first : first + threads]
         bias = _gathered_bias(head, index, lengths)
@@ -278,7 +278,7 @@ def _fused_batches(head: _Head, plan: _Plan, output: Tensor, scratch: _Scratch) 
     while start < len(lse):
         length = plan.lengths[start]
         stop = bisect_right(plan.lengths, -length, start, min(start + threads, len(lse)), key=neg)
-        blocks, index = plan.blocks[start:stop], plan.index[start:stop, : -(-length // size)]
+        blocks, index = plan.blocks[start:stop], plan.keys[start:stop, : -(-length // size)]
         q_rows, q, _ = scratch.queries(len(blocks))
         k_rows, v_rows, k, v, _ = scratch.keys(len(blocks), length)
         torch.index_select(queries, 0, blocks, out=q_rows)

@@ -87,10 +87,10 @@ def launch(
     from .block_sparse_attention_triton import attend_kernel
 
     batch, heads, queries, head_dim = query.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    if scale < 0:  # the kernel takes maxima before it scales
-        query, scale = -query, -scale
-    scale = max(scale * math.log2(math.e), 1e-20)  # zero times the -inf of a masked key would be NaN
+    factor = head_dim**-0.5 if scale is None else scale
+    if factor < 0:  # the kernel takes maxima before it scales
+        query, factor = -query, -factor
+    factor = max(factor * math.log2(math.e), 1e-20)  # zero times the -inf of a masked key would be NaN
     query, counts, blocks = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, counts, blocks))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:3] if with_lse else (0,), dtype=torch.float32, device=query.device)
@@ -129,7 +129,7 @@ def launch(
     attend_kernel[(batch * heads * tiles,)](
         *sources, counts, blocks,
         counts if pattern is None else pattern, counts if order is None else order, held,
-        lse if key_bias is None else key_bias, head_order, output, lse, scale,
+        lse if key_bias is None else key_bias, head_order, output, lse, factor,
         heads, heads // key.shape[1], rows, governed, key_blocks * block_size, q_places, k_places,
         *query.stride()[:3], *key.stride()[:2], *value.stride()[:2], *output.stride()[:3],
         queries, counts.stride(0), *blocks.stride()[:2],
