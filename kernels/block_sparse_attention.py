@@ -21,8 +21,8 @@ that attend to everybody (text, a first frame), stand behind the listed blocks: 
 written to the token's own place, so queries, keys, values and the output stay in the order of the model. A query that
 keeps no key gives 0 and an lse of -inf, and so does a token that the order leaves out, which is no key either.
 
-Lists and patterns stay on their device; on CUDA nothing waits for them. No score map is stored, but by `reference`; with
-an order, queries, keys and values are copied once.
+Lists and patterns stay on their device; on CUDA nothing waits for them. No score map is stored, but by `reference`;
+with an order, queries, keys and values are copied once.
 Error: scores and both sums are float32; weights are rounded to 16 bits before the second product where values have 16.
 
 Source: FlashAttention-2 (Dao 2023, arXiv:2307.08691), algorithm 1, with its loop over key blocks led by lists, as in

@@ -8,7 +8,8 @@ to aten's own attention as they are. For the others there are two ways; `cpu_pat
     fused      aten's own attention over the gathered keys: for bfloat16 where the processor multiplies it
 
 Loops of each kind at [1, 4, 8192, 64] and density 0.25, random lists in blocks of 128, one core of a Sapphire Rapids:
-times faster than scaled_dot_product_attention over everything. Products take no maximum off where no score can be large.
+times faster than scaled_dot_product_attention over everything. Where no score can be large, products take no maximum
+off.
 
                                              products, no maximum    products    fused
     float32                                          3.1                2.8       2.9
