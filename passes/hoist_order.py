@@ -211,10 +211,11 @@ class _Hoist:
 
     def _return(self, node: Node) -> None:
         """What the program returns is in the model's order; all readers see that until they are rewritten."""
-        returned = any(user.op == "output" for user in node.users)
+        now = self._now.get(node, node)
+        returned = any(user.op == "output" for user in now.users)
         if returned and node in self.ordered and node not in self._free:
             permuted = self._version(node, ordered=False)
-            self.edit.replace(self._now.get(node, node), permuted)
+            self.edit.replace(now, permuted)
             self._returned[node] = permuted
 
 
