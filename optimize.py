@@ -112,7 +112,9 @@ def optimize(
         def trial(tried: Sequence[Decision]) -> Program:
             return build(prepared, Profile(fingerprint=found, data="", decisions=list(tried)))
 
-        context = Context(prepared.exported, prepared.sites, inputs, captured.facts, prepared.steps, bar, trial)
+        context = Context(
+            prepared.exported, prepared.sites, inputs, captured.facts, prepared.steps, bar, trial, keep=keep
+        )
         started = time.perf_counter()
         decisions = [decision for method in chosen for decision in method.decide(context)]
         prepared.measured["decide_seconds"] = time.perf_counter() - started

@@ -38,6 +38,7 @@ class Context:
         facts: What capture knows of the model.
         steps: Phase -> its denoising steps; empty where phases are something else.
         progress: Where long work shows how far it is.
+        keep: "faster", or "smaller" where variants are wanted whatever their speed.
         build: Makes the program that some decisions give, for methods that search by trying; None where it cannot be.
         measured: Where a method leaves what it measured, by its name; it becomes the profile's.
         tensors: What decisions name: rotations, rounded weights. The method fills it, the profile keeps it.
@@ -52,6 +53,7 @@ class Context:
     build: Callable[[Sequence[Decision]], Any] | None = None
     measured: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    keep: str = "faster"
 
 
 class Method(BaseModel, ABC):

@@ -100,7 +100,7 @@ class VideoMethod(Method):
         proposals = self.propose(places, context) if places else {}
         layouts = {place.site.id: place.layout for place in places}
         return [
-            self._decision(site, sites, layouts.get(site.id), refused.get(site.id) or proposals[site.id])
+            self._decision(site, sites, layouts.get(site.id), refused.get(site.id) or proposals[site.id], context.keep)
             for sites in context.sites.values()
             for site in sites.attention
         ]
@@ -118,11 +118,11 @@ class VideoMethod(Method):
         return f"steps {steps.first} to {steps.last} run dense"
 
     def _decision(
-        self, site: AttentionSite, sites: Sites, layout: VideoLayout | None, proposal: Proposal | str
+        self, site: AttentionSite, sites: Sites, layout: VideoLayout | None, proposal: Proposal | str, keep: str
     ) -> Decision:
         facts = site.describe() | (layout.describe() if layout is not None else {})
         if isinstance(proposal, Proposal):
-            reason = _faster_dense(site, proposal.density)
+            reason = _faster_dense(site, proposal.density) if keep == "faster" else None
             options, name, figures = proposal.options, proposal.pass_name, proposal.figures
         else:
             reason, options, name, figures = proposal, {}, "", {}
@@ -151,7 +151,7 @@ def _faster_dense(site: AttentionSite, density: float | None) -> str | None:
     if density is None or not (isinstance(site.queries, int) and isinstance(site.keys, int)):
         return None
     device = site.query.meta["val"].device.type
-    return dense_is_faster(device, site.queries, site.keys, density, site.head_dim)
+    return dense_is_faster(device, site.keys, density)
 
 
 def _share(site: AttentionSite, sites: Sites) -> float:

@@ -235,3 +235,15 @@ def test_a_profile_replays_without_the_method(tmp_path):
     assert torch.equal(replayed(**called), program(**called))
     program.save(tmp_path / "program.gw")
     assert torch.equal(gw.load(tmp_path / "program.gw")(**called), program(**called))
+
+
+def test_what_is_too_short_or_too_dense_to_gain_stays_dense_and_says_so():
+    model, x = Attention().eval(), planted()
+    method = gw.RainFusion(dense_steps=0.0, grid=GRID)
+    (decision,) = gw.optimize(model, (x,), methods=[method], progress=False).decisions
+    assert decision.status == "refused"
+    assert decision.reason == "dense attention is faster below 1024 tokens on cpu, this one has 320"
+    longer = planted(20)
+    method = gw.RainFusion(dense_steps=0.0, grid=(20, 8, 8), sparsity=0.05)
+    (decision,) = gw.optimize(model, (longer,), methods=[method], progress=False).decisions
+    assert decision.reason.startswith("dense attention is faster from density 0.55 on at 1280 tokens on cpu, got 0.9")
