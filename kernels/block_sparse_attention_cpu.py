@@ -18,8 +18,8 @@ off.
     bfloat16 where only float32 is multiplied        3.5                3.2       2.8
 
 The operator itself in float32, while others used the machine, on one core and on two: random lists 3.0 and 2.9, bands
-3.0 and 2.7, tiles 2.9 and 2.8; in blocks of 64 2.5 and 2.4 for all. FlexAttention, compiled by torch.compile in 3 to 37 s,
-reached 1.3 and 1.4 on the same lists: nothing is compiled here.
+3.0 and 2.7, tiles 2.9 and 2.8; in blocks of 64 2.5 and 2.4 for all. FlexAttention, compiled by torch.compile in 3 to
+37 s, reached 1.3 and 1.4 on the same lists: nothing is compiled here.
 """
 
 from __future__ import annotations

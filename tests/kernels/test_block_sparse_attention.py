@@ -245,6 +245,16 @@ def test_the_path_follows_the_processor(monkeypatch):
     cpu._multiplies_bfloat16.cache_clear()
 
 
+def test_dense_is_faster_where_it_was_measured_faster():
+    for device, known in module.CROSSOVER.items():
+        shortest = min(known)
+        assert f"faster below {shortest} tokens on {device}" in str(module.dense_is_faster(device, shortest - 1, 0.1))
+        for keys, limit in known.items():
+            assert module.dense_is_faster(device, keys, limit - 0.01) is None
+            assert f"from density {limit} on at {keys} tokens" in str(module.dense_is_faster(device, keys, limit))
+    assert module.dense_is_faster("meta", 10, 1.0) is None
+
+
 def test_any_strides_and_inputs_left_alone():
     case = make_case(2, 4, 2, 150, bias=0.2, rows=4, order="own")
     before = [None if t is None else t.clone() for t in case[:8]]
