@@ -89,9 +89,9 @@ CROSSOVER = {"cpu": {1024: 0.55, 2048: 0.65, 4096: 0.75}, "cuda": {8192: 0.75}}
 """Device -> least number of keys -> density from which on dense attention is faster; with fewer keys it always is.
 
 "cpu" was measured on one core of a Sapphire Rapids, 4 heads of 64, float32, blocks of 128. Times the dense speed at
-densities about 0.25, 0.6, 0.75 and 0.9: for 512 tokens 0.86, 0.71, 0.58, 0.53; 1024: 1.56, 0.91, 0.78, 0.74; 2048: 1.86,
-1.07, 0.90, 0.80; 4096: 2.21, 1.29, 1.02, 0.87. Blocks of 64 cross at 0.4, 0.55, 0.6. In bfloat16 on AMX dense attention
-gains more: 4096 tokens cross at 0.4 in blocks of 128.
+densities about 0.25, 0.6, 0.75 and 0.9: for 512 tokens 0.86, 0.71, 0.58, 0.53; 1024: 1.56, 0.91, 0.78, 0.74; 2048:
+1.86, 1.07, 0.90, 0.80; 4096: 2.21, 1.29, 1.02, 0.87. Blocks of 64 cross at 0.4, 0.55, 0.6. In bfloat16 on AMX dense
+attention gains more: 4096 tokens cross at 0.4 in blocks of 128.
 
 "cuda" on an H100, 24 heads, bfloat16, random lists, the launch included, against the faster of cuDNN and flash. At
 densities 0.25, 0.5, 0.75, with 128 channels in blocks of 128: for 2048 tokens 0.32, 0.29, 0.28; 4096: 0.72, 0.65, 0.68;
