@@ -88,6 +88,18 @@ def test_refuses_with_the_reason(arguments, reason):
         ATTENTION.require(**arguments)
 
 
+def test_a_size_of_one_or_a_letter():
+    contract = Contract("masked", {"x": Argument("B H", FLOATS), "bias": Argument("1|B 1|H", FLOATS, optional=True)})
+    x = Spec((2, 3), torch.float32)
+    for shape in ((1, 1), (2, 1), (1, 3), (2, 3)):
+        assert contract.check(x=x, bias=Spec(shape, torch.float32)) is None
+    reason = "got bias of shape [3, 3], expected [1|B 1|H] with B=2 of x"
+    assert contract.check(x=x, bias=Spec((3, 3), torch.float32)) == reason
+    size = ShapeEnv().create_unbacked_symint()
+    assert "with B=" in str(contract.check(x=x, bias=Spec((size, 3), torch.float32)))
+    assert contract.check(x=x, bias=Spec((size, 3), torch.float32), proved=False) is None
+
+
 def test_symbolic_sizes_are_proved_or_refused_and_never_guarded():
     shapes = ShapeEnv()
     n, m = shapes.create_unbacked_symint(), shapes.create_unbacked_symint()
