@@ -98,7 +98,9 @@ def test_every_public_name_is_explained() -> None:
 
 def test_every_method_and_command_is_in_the_manual() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name, kind in gw.methods().items() if f"`{kind.__name__}`" not in readme] == []
+    public = [kind.__name__ for kind in gw.methods().values() if kind.__module__.startswith("graphwright.profiles.")]
+    assert "Int8" in public  # tests and benchmarks declare methods of their own
+    assert [name for name in public if f"`{name}`" not in readme] == []
     page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     headings = set(re.findall(r"^## `graphwright (\w+)`", page, re.MULTILINE))
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
