@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
+
+import graphwright as gw
+from graphwright.passes.canonicalize import CANONICALIZERS
+from graphwright.passes.edit import copy_exported
+from graphwright.passes.manager import PassManager
 
 Made = tuple[nn.Module, dict[str, Any]]
 TEXT = 7
 HEADS, HEAD_DIM = 2, 32
+GRID = 3, 4, 6
+"""Frames, height and width in tokens of the programs that `canonical` gives."""
 
 
 def wan(frames: int, height: int, width: int, layers: int = 1) -> Made:
@@ -28,24 +37,22 @@ def wan(frames: int, height: int, width: int, layers: int = 1) -> Made:
     }
 
 
-def cogvideox(frames: int, height: int, width: int, layers: int = 1) -> Made:
-    """Text first; rotary tables are handed in."""
+def cogvideox(frames: int, height: int, width: int, layers: int = 1, rotary: bool = True) -> Made:
+    """Text first; rotary tables are handed in, if there are any."""
     from diffusers import CogVideoXTransformer3DModel
 
     model = CogVideoXTransformer3DModel(
         num_attention_heads=HEADS, attention_head_dim=HEAD_DIM, in_channels=4, out_channels=4, time_embed_dim=8,
         text_embed_dim=16, num_layers=layers, sample_width=2 * width, sample_height=2 * height,
         sample_frames=4 * frames - 3, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=TEXT,
-        use_rotary_positional_embeddings=True,
+        use_rotary_positional_embeddings=rotary,
     )  # fmt: skip
-    tokens = frames * height * width
-    angles = torch.randn(tokens, HEAD_DIM)
+    angles = torch.randn(frames * height * width, HEAD_DIM)
     return model, {
         "hidden_states": torch.randn(1, frames, 4, 2 * height, 2 * width),
         "encoder_hidden_states": torch.randn(1, TEXT, 16),
         "timestep": torch.tensor([500]),
-        "image_rotary_emb": (angles.cos(), angles.sin()),
-    }
+    } | ({"image_rotary_emb": (angles.cos(), angles.sin())} if rotary else {})
 
 
 def hunyuan(frames: int, height: int, width: int, layers: int = 1) -> Made:
@@ -104,8 +111,29 @@ def mochi(frames: int, height: int, width: int, layers: int = 2) -> Made:
 FAMILIES: dict[str, Callable[..., Made]] = {make.__name__: make for make in (wan, cogvideox, hunyuan, ltx, mochi)}
 
 
-def make(family: str, frames: int, height: int, width: int, **options: int) -> Made:
-    """A model in evaluation mode, seeded, and example inputs for the grid in tokens."""
+def make(family: str, frames: int, height: int, width: int, batch: int = 1, **options: int) -> Made:
+    """A model in evaluation mode, seeded, and example inputs for the grid in tokens, repeated `batch` times."""
     torch.manual_seed(0)
     model, inputs = FAMILIES[family](frames, height, width, **options)
+    if batch > 1:
+        inputs = {name: torch.cat([value] * batch) for name, value in inputs.items()}
     return model.eval().requires_grad_(False), inputs
+
+
+VARIANTS: dict[str, tuple[str, dict[str, int]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "cogvideox of two layers": ("cogvideox", {"layers": 2}),
+    "cogvideox without rotary": ("cogvideox", {"rotary": False}),
+    "mochi of two": ("mochi", {"batch": 2}),  # it attends for each of a batch by itself
+}
+"""Name -> a family and its options."""
+
+
+@cache
+def canonical(variant: str, dynamic: bool = False) -> ExportedProgram:
+    """The canonical program of a variant for `GRID`; it is shared, so copy it before a change."""
+    family, options = VARIANTS[variant]
+    model, inputs = make(family, *GRID, **options)
+    exported = copy_exported(gw.capture_denoiser(model, inputs, dynamic_frames=dynamic).exported)
+    PassManager(CANONICALIZERS, check_numbers=False).run(exported)
+    return exported

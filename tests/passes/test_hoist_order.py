@@ -28,7 +28,7 @@ from graphwright.patterns.attention import find_attention
 from graphwright.patterns.graph import GraphView, aten, dtype_of
 from graphwright.patterns.video import VideoLayout, video_layout
 from tests.graph_text import check_text, functional, operators
-from tests.patterns.video_models import canonical
+from tests.video_models import canonical
 
 BLOCK = 64
 
@@ -158,7 +158,7 @@ def test_choices_by_the_order_become_slices(wan) -> None:
 
 FAMILIES = {
     # One in and one out; the rotary tables of CogVideoX are handed in and permuted as well.
-    "cogvideox": (2, "4 permutations remain of 8"),
+    "cogvideox of two layers": (2, "4 permutations remain of 8"),
     "cogvideox without rotary": (1, "2 permutations remain of 4"),
     "hunyuan": (2, "2 permutations remain of 8"),
     "ltx": (1, "2 permutations remain of 4"),

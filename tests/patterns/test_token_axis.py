@@ -22,7 +22,7 @@ from graphwright.patterns.token_pieces import Piece, pieces
 from graphwright.patterns.token_runs import token_runs
 from graphwright.torch_private import pytree
 from tests.graph_text import functional
-from tests.patterns.video_models import MODELS, canonical
+from tests.video_models import VARIANTS, canonical
 
 N = 5  # tokens
 X = torch.randn(2, N, 6, generator=torch.Generator().manual_seed(0))
@@ -171,7 +171,7 @@ def test_a_rule_that_lies_is_found_out() -> None:
         permutes(node, 1, (Read(node.args[0], 1),))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", VARIANTS)
 def test_all_reads_of_real_models_hold(model: str) -> None:
     """Every call of five families of models, along every dimension for which there is a rule."""
     checked = Counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,7 +15,9 @@ from graphwright.patterns.attention import AttentionSite, find_attention
 from graphwright.patterns.graph import GraphView, Refusal, shape_of
 from graphwright.patterns.video import VideoLayout, video_layout
 from tests.graph_text import functional
-from tests.patterns.video_models import FRAMES, HEIGHT, VIDEO, WIDTH, canonical
+from tests.video_models import GRID, canonical
+
+VIDEO = math.prod(GRID)
 
 
 @cache
@@ -29,7 +32,7 @@ BLOCK = "transformer_blocks.0"
 EXPECTED = {
     ("wan", "blocks.0.attn1"): ("none", 0, False),
     ("cogvideox", f"{BLOCK}.attn1"): ("7 first", 7, False),
-    ("cogvideox", "transformer_blocks.1.attn1"): ("7 first", 7, False),
+    ("cogvideox of two layers", "transformer_blocks.1.attn1"): ("7 first", 7, False),
     ("cogvideox without rotary", f"{BLOCK}.attn1"): ("7 first", 7, False),
     ("hunyuan", f"{BLOCK}.attn"): ("7 last", 0, True),
     ("hunyuan", f"single_{BLOCK}.attn"): ("7 last", 0, True),
@@ -41,7 +44,7 @@ EXPECTED = {
 """(model, module) -> text, first video token, whether keys are masked."""
 
 REFUSED = {
-    ("wan", "blocks.0.attn2"): "queries and keys differ in number (queries=72, keys=5)",
+    ("wan", "blocks.0.attn2"): "queries and keys differ in number (queries=72, keys=7)",
     ("hunyuan", "context_embedder.token_refiner.refiner_blocks.0.attn"): "the mask is not the same for all queries",
     ("ltx", f"{BLOCK}.attn2"): "queries and keys differ in number (queries=72, keys=7)",
     ("mochi", "time_embed.pooler"): "queries and keys differ in number (queries=1, keys=8)",
@@ -53,7 +56,7 @@ def test_the_layout_is_proved(model: str, module: str) -> None:
     layout = layouts(model)[module]
     assert isinstance(layout, VideoLayout), layout
     text, first, masked = EXPECTED[model, module]
-    assert (layout.frames, layout.height, layout.width) == (FRAMES, HEIGHT, WIDTH)
+    assert (layout.frames, layout.height, layout.width) == GRID
     assert (layout.tokens, layout.first) == (VIDEO, first)
     assert layout.describe()["text"] == text
     assert layout.describe()["grid"] == "3 x 4 x 6"
@@ -71,7 +74,7 @@ def test_other_attentions_of_the_models_are_refused(model: str, module: str) -> 
     ("model", "module", "symbol"),
     [
         ("wan", "blocks.0.attn1", "s71"),
-        ("cogvideox", "transformer_blocks.1.attn1", "s41"),
+        ("cogvideox of two layers", "transformer_blocks.1.attn1", "s41"),
         ("hunyuan", f"single_{BLOCK}.attn", "s71"),
         ("mochi", "transformer_blocks.1.attn1", "s71"),
     ],
@@ -82,7 +85,7 @@ def test_frames_may_be_dynamic(model: str, module: str, symbol: str) -> None:
     assert isinstance(layout, VideoLayout), layout
     assert str(layout.frames) == symbol
     assert str(layout.tokens) == f"24*{symbol}"
-    assert (layout.height, layout.width, layout.first) == (HEIGHT, WIDTH, static.first)
+    assert (layout.height, layout.width, layout.first) == (*GRID[1:], static.first)
     assert layout.describe()["text"] == static.describe()["text"]
     assert (layout.key_mask is None) == (static.key_mask is None)
 
