@@ -21,7 +21,7 @@ from torch.fx import Interpreter, Node
 
 from graphwright.kernels.hadamard import matrix
 from graphwright.kernels.hadamard import reference as hadamard
-from graphwright.kernels.int4_linear import quantize_tokens
+from graphwright.kernels.token_grid import quantize_tokens
 from graphwright.passes.dialects import graph_arguments
 from graphwright.patterns.find import Sites
 from graphwright.patterns.graph import GraphView

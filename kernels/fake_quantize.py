@@ -13,22 +13,17 @@ is stored packed.
 Source: KV-cache quantization as QuaRot has it (Ashkboos et al. 2024, arXiv:2404.00456): asymmetric, a group a head.
 """
 
-# ruff: noqa: ANN001, ANN202 (the arguments of Triton kernels are pointers and scalars that Triton types itself)
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
 from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
-from .int4_linear import HAS_TRITON, _jit, _round, _step_and_zero, token_grid
-
-if TYPE_CHECKING or HAS_TRITON:
-    import triton
-    import triton.language as tl
+from .token_grid import token_grid
 
 CONTRACT = Contract(
     "fake_quantize",
@@ -72,8 +67,10 @@ def _cpu(x: Tensor, bits: int, group: int, clip: float = 1.0) -> Tensor:
 
 
 def _cuda(x: Tensor, bits: int, group: int, clip: float = 1.0) -> Tensor:
-    if not HAS_TRITON:
+    if find_spec("triton") is None:
         raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
+    from .fake_quantize_triton import launch
+
     _require(x, bits, group, clip)
     if (reason := _missing_on(x.device)) is not None:
         raise missing_kernel(CONTRACT.operator, x.device, reason)
@@ -90,32 +87,6 @@ def _require(x: Tensor, bits: int, group: int, clip: float, proved: bool = True)
     CONTRACT.require(x=x, bits=bits, group=group, proved=proved)
     if not 0 < clip <= 1:
         raise InvalidArgument(f"{CONTRACT.operator}: got clip={clip}, expected a share in (0, 1]")
-
-
-def launch(x: Tensor, bits: int, group: int, clip: float = 1.0) -> Tensor:
-    """Run the Triton kernel, arguments unchecked, on x's device (the CPU under TRITON_INTERPRET=1)."""
-    rows = x.reshape(-1, group).contiguous()
-    y = torch.empty_like(rows)
-    if len(rows):
-        block = triton.next_power_of_2(group)
-        together = max(1, 1024 // block)
-        _kernel[(triton.cdiv(len(rows), together),)](
-            rows, y, len(rows), group, clip, LEVELS=2**bits - 1, ROWS=together, BLOCK=block
-        )
-    return y.view(x.shape)
-
-
-@_jit
-def _kernel(x, y, M, K, clip, LEVELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Some rows a program, a thousand elements together."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    inside = (rows < M)[:, None] & (columns < K)[None, :]
-    at = rows.to(tl.int64)[:, None] * K + columns[None, :]
-    v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    step, zero = _step_and_zero(tl.min(v, 1), tl.max(v, 1), tl.sum(v - v, 1), clip, LEVELS)
-    q = tl.minimum(tl.maximum(_round(tl.div_rn(v, step[:, None])) + zero[:, None], 0.0), LEVELS) - zero[:, None]
-    tl.store(y + at, (q * step[:, None]).to(y.dtype.element_ty), mask=inside)
 
 
 torch.library.impl("graphwright::fake_quantize", "cpu", _cpu)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgument
 from ..kernels.hadamard import matrix
-from ..kernels.int4_linear import quantize_tokens
+from ..kernels.token_grid import quantize_tokens
 
 MOMENTUM = 0.9
 

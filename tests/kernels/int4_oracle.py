@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphwright.kernels.int4_linear import quantize_tokens
 from graphwright.kernels.int4_weights import quantize_groups, unpack
+from graphwright.kernels.token_grid import quantize_tokens
 
 
 def make_int4_case(

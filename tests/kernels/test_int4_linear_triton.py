@@ -8,7 +8,8 @@ import torch
 from graphwright.kernels.fake_quantize import fake_quantize
 from graphwright.kernels.fake_quantize import reference as fake_reference
 from graphwright.kernels.hadamard import split
-from graphwright.kernels.int4_linear import choose_config, int4_linear, reference
+from graphwright.kernels.int4_linear import int4_linear, reference
+from graphwright.kernels.int4_linear_triton import choose_config
 from graphwright.kernels.int4_weight_linear import int4_weight_linear
 from graphwright.kernels.int4_weight_linear import reference as weight_reference
 
@@ -30,7 +31,7 @@ def test_interpreted_int4_linear():
             (64, torch.float16, False, 4, 0.9),
         )
     ]
-    calls = [Call("graphwright.kernels.int4_linear:launch", (*case, bits, clip)) for case, bits, clip in cases]
+    calls = [Call("graphwright.kernels.int4_linear_triton:launch", (*case, bits, clip)) for case, bits, clip in cases]
     for y, (case, bits, clip) in zip(interpret(calls), cases, strict=True):
         assert_close_to_exact(y, case, bits, clip)
 
@@ -42,7 +43,7 @@ def test_interpreted_rotation_and_edges():
     edges[0][1, 3] = float("nan")
     edges[0][2, 63] = float("inf")
     empty = (torch.empty(2, 0, 64), *edges[1:])
-    launch = "graphwright.kernels.int4_linear:launch"
+    launch = "graphwright.kernels.int4_linear_triton:launch"
     y, edge, nothing = interpret(
         [Call(launch, (*rotated, 8, 1.0, True)), Call(launch, (*edges, 8)), Call(launch, (*empty, 8))]
     )
@@ -57,12 +58,12 @@ def test_interpreted_rotation_and_edges():
 def test_interpreted_weight_only_and_fake_quantize():
     cases = [make_int4_case(*sizes, group=32, dtype=dtype, bias=True) for sizes in SIZES for dtype in (torch.float32,)]
     calls = [
-        Call("graphwright.kernels.int4_weight_linear:launch", (x, packed, steps, scale, bias))
+        Call("graphwright.kernels.int4_weight_linear_triton:launch", (x, packed, steps, scale, bias))
         for x, packed, steps, scale, _, bias in cases
     ]
     rows = torch.randn(3, 5, 96)
     rows[0, 0, 0] = float("nan")
-    calls.append(Call("graphwright.kernels.fake_quantize:launch", (rows, 4, 48)))
+    calls.append(Call("graphwright.kernels.fake_quantize_triton:launch", (rows, 4, 48)))
     *results, faked = interpret(calls)
     for y, (x, packed, steps, scale, _, bias) in zip(results, cases, strict=True):
         expected = weight_reference(x, packed, steps, scale, bias)
@@ -82,7 +83,7 @@ def test_kernels_compile_within_the_limits_of_each_device():
         for config in [choose_config(m, 1536, 64) for m in tokens]:
             tile = {"BLOCK_M": config.block_m, "HALF": config.half, "BLOCK_K": config.block_k}
             constants = {"HAS_BIAS": True, "GROUP": 64, **tile}
-            kernel = "graphwright.kernels.int4_linear:_gemm_kernel"
+            kernel = "graphwright.kernels.int4_linear_triton:_gemm_kernel"
             launch = (config.num_warps, config.num_stages, ("K", "N", "P"))
             requests.append(Request(kernel, pointers | rest, constants, sm, *launch))
     gemms = len(requests)
@@ -95,16 +96,16 @@ def test_kernels_compile_within_the_limits_of_each_device():
                 constants = {"LEVELS": 255, "SHIFT": 128, "ROTATE": rotate, "BLOCK_K": 2048, **shape}
                 signature = {"x": "*bf16", "quantized": "*i8", "token_step": "*fp32", "token_shift": "*i32"}
                 signature |= {"left": "*i8", "right": "*i8", "factor": "fp32", "clip": "fp32", "K": "i32"}
-                kernel = "graphwright.kernels.int4_linear:_quantize_kernel"
+                kernel = "graphwright.kernels.token_grid_triton:_quantize_kernel"
                 requests.append(Request(kernel, signature, constants, sm, num_warps=8))
         constants = {"HAS_BIAS": True, "GROUP": 64, "BLOCK_M": 64, "HALF": 32, "BLOCK_K": 64}
         signature = {"x": "*bf16", "weight": "*u8", "steps": "*i8", "scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
         signature |= dict.fromkeys("MNKP", "i32")
-        kernel = "graphwright.kernels.int4_weight_linear:_gemm_kernel"
+        kernel = "graphwright.kernels.int4_weight_linear_triton:_gemm_kernel"
         requests.append(Request(kernel, signature, constants, sm, aligned=("K", "N", "P")))
         constants = {"LEVELS": 15, "ROWS": 16, "BLOCK": 64}
         signature = {"x": "*bf16", "y": "*bf16", "M": "i32", "K": "i32", "clip": "fp32"}
-        requests.append(Request("graphwright.kernels.fake_quantize:_kernel", signature, constants, sm))
+        requests.append(Request("graphwright.kernels.fake_quantize_triton:_kernel", signature, constants, sm))
     for position, (made, request) in enumerate(zip(compile_kernels(requests), requests, strict=True)):
         assert made.fits(request.sm), (request, made)
         if position < gemms:
