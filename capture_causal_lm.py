@@ -14,7 +14,7 @@ from .phases import Condition, PhasePlan
 
 
 def capture_causal_lm(
-    model: nn.Module, max_cache_len: int, batch_size: int = 1, *, logits_to_keep: int = 0
+    model: nn.Module, max_cache_len: int, batch_size: int = 1, *, logits_to_keep: int = 0, padding: bool = False
 ) -> Captured:
     """Capture a transformers decoder with a static key-value cache.
 
@@ -22,11 +22,18 @@ def capture_causal_lm(
     returns logits [batch, tokens, vocabulary]. Its phases share weights and cache: `decode` takes one token, `prefill`
     starts at position 0, `extend` takes anything else.
 
+    With `padding` sequences of different lengths run together, padded on the left. A third input, `starts` int64
+    [batch], says where in the cache each sequence begins: no query sees a key before it, and the token at cache
+    position p has position p - start in the model, as it has alone. (Rotary embeddings would not need that: rotating
+    query and key by the angles of m and n, q . k depends on m - n only, so a shift of all positions changes nothing.
+    Learned positions do.)
+
     Args:
         model: A transformers model with a `config`, `input_ids`, `position_ids` and `past_key_values` in its forward.
         max_cache_len: Tokens that the cache holds.
-        batch_size: Sequences that run together, all of one length.
+        batch_size: Sequences that run together, all of one length without `padding`.
         logits_to_keep: Compute logits for this many last tokens only; 0 for all, as in transformers.
+        padding: Take `starts`. Attention then has a mask also where it could do with `is_causal`.
 
     Returns:
         The captured program.
@@ -46,7 +53,11 @@ def capture_causal_lm(
     ids = torch.arange(batch_size * tokens, device=device).reshape(batch_size, tokens) % wrapper.vocabulary
     position = torch.arange(tokens, device=device)
     length = Dim("tokens", min=2, max=max_cache_len)
-    exported = export_module(wrapper, (ids, position), {}, ({1: length}, {0: length}))
+    inputs = {"input_ids": (ids, {1: length}), "cache_position": (position, {0: length})}
+    if padding:
+        inputs["starts"] = (torch.zeros(batch_size, dtype=torch.int64, device=device), {})
+    examples, dynamic = zip(*inputs.values(), strict=True)
+    exported = export_module(wrapper, examples, {}, dynamic)
     _require_dynamic(exported, "input_ids", 1)
     decode = Condition(input="input_ids", measure="size", dim=1, at_least=1, at_most=1)
     empty = Condition(input="cache_position", measure="first", at_least=0, at_most=0)
@@ -61,7 +72,7 @@ def capture_causal_lm(
         "logits_to_keep": logits_to_keep,
         "config": config_of(model),
     }
-    return as_captured(exported, ("input_ids", "cache_position"), plans, "causal_lm", facts)
+    return as_captured(exported, tuple(inputs), plans, "causal_lm", facts)
 
 
 class _BoundLayer:
@@ -117,7 +128,7 @@ class _StaticCacheModel(nn.Module):
                 shape = (batch_size, tensor.shape[1], max_cache_len, tensor.shape[3])
                 self.register_buffer(f"{name}_cache_{index}", tensor.new_zeros(shape))
 
-    def forward(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, cache_position: Tensor, starts: Tensor | None = None) -> Tensor:
         from transformers import StaticCache
 
         cache = StaticCache(config=self._config, max_cache_len=self.get_buffer("key_cache_0").shape[2])
@@ -127,12 +138,13 @@ class _StaticCacheModel(nn.Module):
             )
             for index in range(self.layers)
         ]
+        position_ids, extra = cache_position[None], dict(self._extra)
+        if starts is not None:
+            position_ids = (position_ids - starts[:, None]).clamp_min(0)
+            slots = torch.arange(self.get_buffer("key_cache_0").shape[2], device=starts.device)
+            extra["attention_mask"] = slots >= starts[:, None]
         output = self.model(
-            input_ids=input_ids,
-            position_ids=cache_position[None],
-            past_key_values=cache,
-            use_cache=True,
-            **self._extra,
+            input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, **extra
         )
         return output.logits
 

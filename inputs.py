@@ -39,7 +39,7 @@ class CallSignature:
 
         Raises:
             InvalidType: Names the input, what it is and what it should be.
-            InvalidArgument: A position lies outside the captured cache.
+            InvalidArgument: A position or a start lies outside the captured cache.
         """
         flat = pytree.tree_leaves([bound[name] for name in self._names])
         if len(flat) != len(self._values):
@@ -49,6 +49,7 @@ class CallSignature:
             self._check(node.name, expected, value, sizes)
         if self._cache_length is not None and "cache_position" in bound:
             self._check_positions(bound["cache_position"])
+            self._check_starts(bound.get("starts"))
         return flat
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
@@ -89,6 +90,14 @@ class CallSignature:
             raise InvalidArgument(f"cache_position must be consecutive, got {first} to {last} for {count} tokens")
         if first < 0 or last >= self._cache_length:  # pyright: ignore[reportOperatorIssue]
             raise InvalidArgument(f"positions {first} to {last} do not fit the captured cache of {self._cache_length}")
+
+    def _check_starts(self, starts: Any) -> None:
+        if not isinstance(starts, Tensor) or starts.device.type != "cpu":
+            return
+        if bool((starts < 0).any()) or bool((starts >= self._cache_length).any()):
+            raise InvalidArgument(
+                f"starts {starts.tolist()} do not lie in the captured cache of {self._cache_length} positions"
+            )
 
 
 def _is_argument(view: GraphView, node: torch.fx.Node) -> bool:

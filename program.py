@@ -25,6 +25,7 @@ from .patterns.find import Sites, find_sites
 from .patterns.graph import GraphView
 from .phases import Phase, device_of, move_phases, state_of
 from .profiles.profile import Profile
+from .prompts import Prompts, left_padded
 
 
 @dataclass
@@ -108,6 +109,9 @@ class Program:
             if name not in self.inputs:
                 raise InvalidType(f"there is no input {name!r}; the inputs are {', '.join(self.inputs)}")
             bound[name] = value
+        if "starts" in self.inputs and self.kind == "causal_lm" and "input_ids" in bound:
+            # Without it no sequence is padded.
+            bound.setdefault("starts", torch.zeros(self.facts["batch_size"], dtype=torch.int64, device=self._device))
         missing = [name for name in self.inputs if name not in bound]
         if missing:
             raise InvalidType(f"missing input {missing[0]!r}; the inputs are {', '.join(self.inputs)}")
@@ -145,9 +149,10 @@ class Program:
 
     def generate(
         self,
-        tokens: Tensor,
+        tokens: Prompts,
         max_new_tokens: int,
         *,
+        attention_mask: Tensor | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         eos_token_id: int | None = None,
@@ -156,36 +161,43 @@ class Program:
         """Continue a prompt with a captured language model.
 
         Args:
-            tokens: int64 [batch, prompt], all of one length.
+            tokens: int64 [batch, prompt]; or a list of prompts, each a list of tokens or a tensor [prompt]. Prompts of
+                different lengths need a program that was captured with `padding`.
             max_new_tokens: At most this many are added.
+            attention_mask: [batch, prompt], zero where `tokens` has padding, which must be on the left.
             temperature: 0 takes the most probable token, otherwise logits are divided by it and sampled.
             top_p: Sample from the smallest set of tokens with this much probability.
             eos_token_id: Stops a sequence; finished ones are padded with it.
             seed: Makes sampling repeatable.
 
         Returns:
-            int64 [batch, prompt + new].
+            int64 [batch, longest prompt + new]; shorter prompts of a list have `eos_token_id` or 0 to their left.
 
         Raises:
-            InvalidArgument: The program is no language model, or the text would outgrow the captured cache.
+            InvalidArgument: The program is no language model, the text would outgrow the captured cache, or there is
+                padding and the program was captured without, or it is not on the left.
+            InvalidType: The tokens are not those of as many sequences as were captured.
         """
         if self.kind != "causal_lm":
             raise InvalidArgument(f"generate needs a program of capture_causal_lm, this one is a {self.kind}")
-        if tokens.dim() != 2 or tokens.shape[0] != self.facts["batch_size"] or tokens.shape[1] < 1:
-            raise InvalidType(f"tokens must be [{self.facts['batch_size']}, prompt], got {list(tokens.shape)}")
         if max_new_tokens < 0 or temperature < 0 or not 0 < top_p <= 1:
             raise InvalidArgument("max_new_tokens and temperature must not be negative, top_p must be in (0, 1]")
+        fill = 0 if eos_token_id is None else eos_token_id
+        tokens, starts = left_padded(tokens, attention_mask, self.facts["batch_size"], fill)
+        padding = () if "starts" not in self.inputs else (starts,)
+        if not padding and bool(starts.any()):
+            raise InvalidArgument("prompts of different lengths need a program of capture_causal_lm(..., padding=True)")
         length, limit = tokens.shape[1], self.facts["max_cache_len"]
         if length + max_new_tokens > limit + 1:
             raise InvalidArgument(f"{length} + {max_new_tokens} tokens do not fit the captured cache of {limit}")
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-        return torch.cat(
-            [tokens, *self._new_tokens(tokens, max_new_tokens, temperature, top_p, eos_token_id, generator)], 1
-        )
+        new = self._new_tokens(tokens, padding, max_new_tokens, temperature, top_p, eos_token_id, generator)
+        return torch.cat([tokens, *new], 1)
 
     def _new_tokens(
         self,
         tokens: Tensor,
+        padding: tuple[Tensor, ...],
         count: int,
         temperature: float,
         top_p: float,
@@ -197,7 +209,7 @@ class Program:
         finished = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
         chunk = tokens
         for _ in range(count):
-            logits = self(chunk, position)[:, -1].float()
+            logits = self(chunk, position, *padding)[:, -1].float()
             chunk = _pick(logits, temperature, top_p, generator)
             if eos is not None:
                 chunk = torch.where(finished, eos, chunk)
@@ -301,6 +313,10 @@ class Program:
             best = min(best, time.perf_counter() - started)
         return best
 
+    @property
+    def _device(self) -> torch.device:
+        return device_of(next(iter(self.phases.values())).exported)
+
     def _state(self) -> dict[str, Tensor]:
         return {name: tensor for phase in self.phases.values() for name, tensor in state_of(phase.exported).items()}
 
@@ -340,7 +356,7 @@ class ProgramModule(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return device_of(next(iter(self.program.phases.values())).exported)
+        return self.program._device
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call; a denoiser gives its sample in a tuple, as diffusers does with `return_dict=False`."""

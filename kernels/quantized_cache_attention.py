@@ -1,13 +1,14 @@
 """Attention of new queries to a packed key-value cache.
 
     k'[j], v'[j] = dequantized key and value j             those of the query's own block of 32 from the tail, see below
-    y[i] = sum_j softmax_j(scale q[i] . k'[j]) v'[j]       over positions[i] - window < j <= positions[i]
+    y[i] = sum_j softmax_j(scale q[i] . k'[j]) v'[j]       over positions[i] - window < j <= positions[i], starts <= j
 
 Shapes: query ``[B, Hq, N, D]``; key and value stores ``[B, H, R]`` (``packed_cache.py``), H divides Hq, and query head
 h reads head ``h H // Hq``; positions ``[N]``, consecutive, the new tokens' own, whose keys and values were appended
 before; y ``[B, Hq, N, E]`` with E = ``value_dim``. Dtypes: query and y float32, float16 or bfloat16, stores uint8,
 positions int64. Mode ``per_token`` packs keys and values by token, ``kivi`` keys by channel and values by groups of a
-token. A window of 0 is none.
+token. A window of 0 is none. ``starts`` int64 ``[B]`` is where each sequence begins: what lies before is padding, and a
+query there, which sees nothing, gives zero.
 
 With ``kivi`` the tokens from the last position's block on come from the tail, in float16, all earlier ones from the
 packed blocks. For one new token, and for pieces of 32 that start at a multiple of 32, that is what decoding token by
@@ -36,6 +37,7 @@ CONTRACT = Contract(
         "key": Argument("B H R", (torch.uint8,)),
         "value": Argument("B H S", (torch.uint8,)),
         "positions": Argument("N", (torch.int64,)),
+        "starts": Argument("B", (torch.int64,), optional=True),
     },
     sizes={
         "Q": Size(minimum=1, multiple_of="H"),
@@ -59,6 +61,7 @@ def reference(
     value_dim: int,
     scale: float,
     window: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """The formula: everything dequantized, one softmax."""
     keys_as, values_as = packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
@@ -70,7 +73,9 @@ def reference(
     hidden = j > positions[:, None]
     if window:
         hidden |= j <= positions[:, None] - window
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    if starts is not None:
+        hidden = hidden | (j < starts[:, None, None, None])
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden.all(-1, keepdim=True), 0.0)
     # What was never written may be anything, and zero times NaN is no zero.
     written = (j <= positions.max())[:, None] if len(positions) else j[:, None] < 0
     values = torch.where(written, values.repeat_interleave(repeats, 1), 0.0)
@@ -97,8 +102,11 @@ def quantized_cache_attention(
     value_dim: int,
     scale: float,
     window: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries ``[B, Hq, N, D]`` to a packed cache, causal in positions ``[N]``, to ``[B, Hq, N, E]``.
+
+    Keys before ``starts`` ``[B]``, if given, are hidden from their sequence.
 
     Raises:
         InvalidArgument: A dtype or shape that ``CONTRACT`` does not hold, or a position that the stores do not have.
@@ -119,8 +127,9 @@ def _fake(
     value_dim: int,
     scale: float,
     window: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
-    _require(query, key, value, positions, key_bits, value_bits, value_dim, window, proved=False)
+    _require(query, key, value, positions, key_bits, value_bits, value_dim, window, starts, proved=False)
     packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
     return query.new_empty((*query.shape[:3], value_dim))
 
@@ -136,9 +145,10 @@ def _cpu(
     value_dim: int,
     scale: float,
     window: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """In blocks: see ``quantized_cache_attention_cpu.py``."""
-    _require(query, key, value, positions, key_bits, value_bits, value_dim, window)
+    _require(query, key, value, positions, key_bits, value_bits, value_dim, window, starts)
     keys_as, values_as = packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
     capacity = min(keys_as.capacity(key.shape[-1]), values_as.capacity(value.shape[-1]))
     if len(positions) and not 0 <= int(positions[0]) <= int(positions[-1]) < capacity:
@@ -146,7 +156,8 @@ def _cpu(
             f"quantized_cache_attention: positions {int(positions[0])} to {int(positions[-1])}"
             f" do not fit a cache of {capacity} tokens"
         )
-    return attend(query, keys_as.planes(key), values_as.planes(value), positions, keys_as, values_as, scale, window)
+    planes = keys_as.planes(key), values_as.planes(value)
+    return attend(query, *planes, positions, keys_as, values_as, scale, window, starts)
 
 
 def _cuda(
@@ -160,18 +171,19 @@ def _cuda(
     value_dim: int,
     scale: float,
     window: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """The Triton kernels; positions are not looked at, since reading them would wait for the device."""
     if find_spec("triton") is None:
         raise missing_kernel(CONTRACT.operator, query.device, "triton is not installed (pip install triton)")
     from .quantized_cache_attention_triton import launch
 
-    _require(query, key, value, positions, key_bits, value_bits, value_dim, window)
+    _require(query, key, value, positions, key_bits, value_bits, value_dim, window, starts)
     if (reason := CONTRACT.check_device(query.device)) is not None:
         raise missing_kernel(CONTRACT.operator, query.device, reason)
     packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
     with torch.cuda.device(query.device):
-        return launch(query, key, value, positions, key_bits, value_bits, mode, value_dim, scale, window)
+        return launch(query, key, value, positions, key_bits, value_bits, mode, value_dim, scale, window, starts)
 
 
 def _require(
@@ -183,6 +195,7 @@ def _require(
     value_bits: int,
     value_dim: int,
     window: int,
+    starts: Tensor | None,
     *,
     proved: bool = True,
 ) -> None:
@@ -195,6 +208,7 @@ def _require(
         value_bits=value_bits,
         value_dim=value_dim,
         window=window,
+        starts=starts,
         proved=proved,
     )
 

@@ -35,6 +35,7 @@ def attend(
     values_as: Packing,
     scale: float,
     window: int,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attention, arguments unchecked; see `quantized_cache_attention.py`."""
     batch, heads, count, dim = query.shape
@@ -43,6 +44,7 @@ def attend(
     if count == 0:
         return output
     first, last = int(positions[0]), int(positions[-1])
+    padded = 0 if starts is None else max(0, min(int(starts.min()), last))  # what no sequence sees is not read
     cut = last // GROUP * GROUP if keys_as.has_tail else last + 1
     # One piece of memory for the codes of all blocks: fresh pages cost as much as the conversion.
     scratch = torch.empty(batch * groups * min(TOKENS, last + GROUP) * max(dim, values_as.head_dim))
@@ -51,11 +53,13 @@ def attend(
         rows = query[:, :, start:stop].float().mul(scale)
         rows = rows.reshape(batch, groups, -1, dim)
         seen = first + stop
-        begin = max(0, first + start - window + 1) if window else 0
+        begin = max(padded, first + start - window + 1) if window else padded
+        begin = min(begin, first + start)
         scores = _scores(rows, keys, keys_as, begin, seen, cut, scratch)
         if stop - start > 1:
             _hide(scores.unflatten(2, (-1, stop - start)), first + start, begin, window)
-        result = _weigh(scores.softmax(-1), values, values_as, begin, seen, cut, scratch)
+        weights = scores.softmax(-1) if starts is None else _weights_from(scores, starts, begin)
+        result = _weigh(weights, values, values_as, begin, seen, cut, scratch)
         output[:, :, start:stop] = result.view(batch, heads, stop - start, -1)
     return output
 
@@ -151,3 +155,11 @@ def _hide(scores: Tensor, first: int, begin: int, window: int) -> None:
     if window:
         hidden |= j <= i - window
     scores.masked_fill_(hidden, float("-inf"))
+
+
+def _weights_from(scores: Tensor, starts: Tensor, begin: int) -> Tensor:
+    """Weights [B, H, rows, keys] of keys at `starts` [B] and later; none for a query that sees no key."""
+    early = torch.arange(begin, begin + scores.shape[-1]) < starts[:, None, None, None]
+    scores.masked_fill_(early, float("-inf"))
+    blind = scores.amax(-1, keepdim=True) == float("-inf")
+    return scores.softmax(-1).masked_fill_(blind, 0.0)

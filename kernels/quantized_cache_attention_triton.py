@@ -38,6 +38,7 @@ def launch(
     value_dim: int,
     scale: float,
     window: int = 0,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """Attend, arguments unchecked, on the query's device (the CPU under TRITON_INTERPRET=1)."""
     batch, query_heads, count, dim = query.shape
@@ -57,11 +58,12 @@ def launch(
         "DIM": dim, "WIDTH": width, "KEY_BITS": keys_as.bits, "VALUE_BITS": values_as.bits,
         "KEY_FORM": FORM_NUMBERS[keys_as.form], "VALUE_FORM": FORM_NUMBERS[values_as.form],
         "BLOCK_R": block_r, "BLOCK_T": BLOCK_T, "BLOCK_D": max(16, triton.next_power_of_2(dim)),
-        "BLOCK_E": max(16, triton.next_power_of_2(width)),
+        "BLOCK_E": max(16, triton.next_power_of_2(width)), "PADDED": starts is not None,
     }  # fmt: skip
     _part_kernel[(batch * heads, blocks, splits)](
-        query.contiguous(), k_codes, k_steps, k_tail, v_codes, v_steps, v_tail, positions, part, peak, total,
-        scale, count, window, query_heads // heads, key.shape[-1], value.shape[-1], splits, **sizes,
+        query.contiguous(), k_codes, k_steps, k_tail, v_codes, v_steps, v_tail, positions,
+        positions if starts is None else starts, part, peak, total,
+        scale, count, window, query_heads // heads, heads, key.shape[-1], value.shape[-1], splits, **sizes,
         num_warps=warps_for(block_r), num_stages=2,
     )  # fmt: skip
     _join_kernel[(batch * heads, rows)](
@@ -117,11 +119,11 @@ def _tokens(
 
 @_jit
 def _part_kernel(
-    query, k_codes, k_steps, k_tail, v_codes, v_steps, v_tail, positions, part, peak, total,
-    scale, count, window, group, key_size, value_size, splits,
+    query, k_codes, k_steps, k_tail, v_codes, v_steps, v_tail, positions, starts, part, peak, total,
+    scale, count, window, group, heads, key_size, value_size, splits,
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
     KEY_FORM: tl.constexpr, VALUE_FORM: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Row r of a head is query r // group of its query head r % group: a program's queries are neighbours."""
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
@@ -138,6 +140,8 @@ def _part_kernel(
     begin = 0
     if window > 0:
         begin = tl.maximum(first + tl.program_id(1) * BLOCK_R // group - window + 1, begin)
+    if PADDED:
+        begin = tl.maximum(tl.load(starts + head // heads).to(tl.int32), begin)
     end = first + tl.minimum((tl.program_id(1) * BLOCK_R + BLOCK_R - 1) // group, count - 1) + 1
     share = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_T) * BLOCK_T
     low = begin + split * share
@@ -185,8 +189,11 @@ def _join_kernel(
     split, e = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_E)
     place = (head * splits + split) * rows + row
     most = tl.load(peak + place, mask=split < splits, other=float("-inf"))
-    factor = tl.exp(most - tl.max(most, 0))
+    highest = tl.max(most, 0)
+    # A query in the padding saw nothing: no maximum, no weight, and a result of zero.
+    factor = tl.exp(most - tl.where(highest == float("-inf"), 0.0, highest))
     weight = tl.sum(tl.load(total + place, mask=split < splits, other=0.0) * factor, 0)
+    weight = tl.where(weight == 0.0, 1.0, weight)
     mask = (split < splits)[:, None] & (e < WIDTH)[None, :]
     x = tl.sum(tl.load(part + place[:, None] * WIDTH + e[None, :], mask=mask, other=0.0) * factor[:, None], 0) / weight
     group = rows // count

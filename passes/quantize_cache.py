@@ -6,7 +6,8 @@
 
 for the key and the value side of one attention. A buffer float [B, H, L, D] becomes a store uint8 [B, H, R] that holds
 the packed tokens with their scales and minima; new tokens are quantized once, when they are written. Where the
-attention reads the new tokens and not the cache, as in a prefill, it goes on doing so: only what is kept changes.
+attention reads the new tokens and not the cache, as in a prefill, it goes on doing so: only what is kept changes. Where
+the mask hides the padding before each sequence's start, the operator is given the starts.
 """
 
 from __future__ import annotations
@@ -67,20 +68,21 @@ class QuantizeCache(SitePass[CacheSite]):
         fact = _mask(site, edit)
         if fact.kind != "cache_causal" or fact.positions is not site.positions:
             return f"the mask is not causal in the positions that are written: {fact.reason or fact.kind}"
-        if fact.padding is not None:
-            return "the mask hides padding"
+        if fact.padding is not None and not fact.starts:
+            return "the mask hides padding by a mark for each key; only where a sequence starts can be kept"
         return quantized_cache_attention.CONTRACT.check(
             query=_spec(arguments(site.attention)["query"]),
             key=store,
             value=Spec((batch, site.kv_heads, values_as.bytes_for(site.length)), torch.uint8),
             positions=_spec(site.positions),
+            starts=None if fact.padding is None else _spec(fact.padding),
             value_dim=site.value_head_dim,
         )
 
     def rewrite(self, site: CacheSite, edit: Edit) -> None:
         """Keep packed stores instead of the buffers, and let the attention read them."""
         keys_as, values_as = self._packings(site)
-        window = 0 if site.reads == "new" else _mask(site, edit).window or 0
+        fact = _mask(site, edit)
         keys = self._store(site, edit, site.key_name, site.key_buffer, site.key_write, site.new_key, keys_as)
         values = self._store(
             site, edit, site.value_name, site.value_buffer, site.value_write, site.new_value, values_as
@@ -90,6 +92,7 @@ class QuantizeCache(SitePass[CacheSite]):
         node = site.attention
         args = arguments(node)
         scale = args["scale"]
+        padding = () if fact.padding is None else (fact.padding,)
         output = edit.call(
             torch.ops.graphwright.quantized_cache_attention.default,
             args["query"],
@@ -101,7 +104,8 @@ class QuantizeCache(SitePass[CacheSite]):
             self.mode,
             site.value_head_dim,
             float(site.head_dim**-0.5 if scale is None else scale),
-            window,
+            fact.window or 0,
+            *padding,
             like=node,
         )
         edit.replace(node, output)

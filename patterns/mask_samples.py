@@ -66,7 +66,14 @@ _PADDING: tuple[tuple[str, _Draw], ...] = (
     ("one real key", lambda n, keys, g: torch.arange(n) == _random(n, 1, g)),
     ("random padding", lambda n, keys, g: (_random(2, n, g) == 1) | (torch.arange(n) == _random(n, 1, g))),
 )
-"""What a draw is called, and one row of it, by its length; the n-th draws of both go together."""
+_STARTS: tuple[tuple[str, _Draw], ...] = (
+    ("starts at 0", lambda n, keys, g: torch.zeros(n, dtype=torch.int64)),
+    ("random starts", lambda n, keys, g: _random(keys, n, g)),
+    ("random starts", lambda n, keys, g: _random(keys, n, g)),
+    ("starts at the end", lambda n, keys, g: torch.full((n,), keys - 1)),
+    ("random starts", lambda n, keys, g: _random(keys, n, g)),
+)
+"""What a draw is called, and one row of it, by its length; the n-th draws of all go together."""
 
 _FAR_DRAWS = (1, 4)  # for large sizes: positions that reach as far as they can, and random ones
 
@@ -77,6 +84,8 @@ class Roles:
 
     positions: Node | None
     padding: Node | None
+    starts: bool = False
+    """Whether `padding` holds the first real key of each sequence, and not a mark for each key."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Sample:
         where: Its sizes and draws, for reasons.
         queries, keys: How many.
         positions: [b, n], int64, where an input has that role.
-        padding: [b, 1, keys], bool, where an input has that role.
+        padding: [b, 1, keys], bool, which keys are real, where an input has that role.
         keep: What the mask keeps, [..., queries, keys], bool.
     """
 
@@ -133,6 +142,9 @@ class MaskSampler:
         for position, pad in itertools.product(positions, padding):
             if position is None or position is not pad:
                 yield Roles(position, pad)
+        for position, start in itertools.product(positions, filter(self._may_be_starts, self._inputs)):
+            if position is not start:
+                yield Roles(position, start, starts=True)
 
     def samples(self, roles: Roles, *, far: bool = False) -> Iterator[Sample]:
         """Evaluate the mask at each of the near or far sizes, several times where it reads inputs.
@@ -164,7 +176,7 @@ class MaskSampler:
             if node.target in _UNDEFINED or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 raise Unproved(f"the mask depends on a random or undefined value, {describe(node)}")
         for node in self._inputs:
-            if not (self._may_be_positions(node) or self._may_be_padding(node)):
+            if not (self._may_be_positions(node) or self._may_be_padding(node) or self._may_be_starts(node)):
                 raise Unproved(f"the mask depends on the value of {describe(node)}")
         if len(self._nodes) > _MOST_NODES:
             raise Unproved(f"the mask is computed by {len(self._nodes)} nodes; at most {_MOST_NODES} are evaluated")
@@ -179,6 +191,10 @@ class MaskSampler:
         is_row = bool(shape) and same_size(shape[-1], self._keys) and all(same_size(size, 1) for size in shape[1:-1])
         return is_row and self._view.is_user_input(node) and not _is_looked_up(node)
 
+    def _may_be_starts(self, node: Node) -> bool:
+        is_integer = dtype_of(node) in (torch.int64, torch.int32)
+        return is_integer and len(shape_of(node)) == 1 and self._view.is_user_input(node) and not _is_looked_up(node)
+
     def _sample(self, sizes: Mapping[Any, int], draw: int, roles: Roles, generator: torch.Generator) -> Sample:
         queries, keys = int(concrete(self._queries, sizes)), int(concrete(self._keys, sizes))
         where = [f"{symbol}={size}" for symbol, size in sizes.items()]
@@ -192,6 +208,11 @@ class MaskSampler:
                 name, row = _POSITIONS[draw]
                 values = torch.stack([row(length, keys, generator) for _ in range(rows)]).clamp(0, keys - 1)
                 positions = values
+                where.append(name)
+            elif node is roles.padding and roles.starts:
+                name, row = _STARTS[draw]
+                values = row(length, keys, generator)
+                padding = torch.arange(keys) >= values[:, None, None]
                 where.append(name)
             elif node is roles.padding:
                 name, row = _PADDING[draw]

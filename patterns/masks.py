@@ -49,6 +49,8 @@ class MaskFact:
             are taken to be in [0, K).
         per_row: The position of query i is `positions[..., i]`; otherwise it is `positions[..., 0] + i`.
         padding: The input [B, K] or [B, 1, 1, K] that is anded in: one where a key is real, else zero.
+        starts: `padding` is int [B] instead: keys before `padding[b]` are not real. Its values are taken to be in
+            [0, K).
         per_key: [1|B, 1, 1, K], the mask or what it is expanded from, where it says the same to every query and head:
             padding, whatever it is computed from. Known for masks of unknown kind too.
         additive: The mask is a float that is added to the scores (0 keeps, very negative drops), not a bool.
@@ -61,6 +63,7 @@ class MaskFact:
     positions: Node | None = None
     per_row: bool = False
     padding: Node | None = None
+    starts: bool = False
     per_key: Node | None = None
     additive: bool = False
     every_row_sees_a_key: bool = False
@@ -154,7 +157,11 @@ class _Hypothesis:
             says = says.replace("positions", self.roles.positions.name)
         if self.window is not None:
             says = f"{says}, of these the last {self.window}"
-        return says if self.roles.padding is None else f"{says}, where {self.roles.padding.name} is set"
+        if self.roles.padding is None:
+            return says
+        return f"{says}, {'from' if self.roles.starts else 'where'} {self.roles.padding.name}" + (
+            " on" if self.roles.starts else " is set"
+        )
 
     def predict(self, sample: Sample) -> Tensor:
         """The keys that each query should see, [b, queries, keys]."""
@@ -272,6 +279,7 @@ def _fact(hypothesis: _Hypothesis, samples: Sequence[Sample], queries: SymInt | 
         roles.positions,
         form.per_row,
         roles.padding,
+        roles.starts,
         every_row_sees_a_key=sees,
         reason=f"{hypothesis} (evaluations: {len(samples)})",
     )

@@ -93,6 +93,8 @@ def _token_calls(phases: Mapping[str, ExportedProgram], facts: Mapping[str, Any]
     for name, exported in phases.items():
         taken = rows[:, :1] if _is_fixed(exported) else rows
         calls[name] = [taken.contiguous(), torch.arange(taken.shape[1], device=taken.device)]
+        if "starts" in exported.graph_signature.user_inputs:  # no text is padded
+            calls[name].append(torch.zeros(batch, dtype=torch.int64, device=taken.device))
     return calls
 
 

@@ -68,6 +68,8 @@ def attention_cases() -> list[tuple[Any, ...]]:
             query = torch.randn(2, 6, queries, dims[0], generator=generator).to(dtype)
             positions = torch.arange(tokens - queries, tokens)
             cases.append((query, *stores, positions, *bits, mode, dims[1], dims[0] ** -0.5, window))
+            if queries in (1, 40):  # one sequence begins in the middle of the queries, or with the last
+                cases.append((*cases[-1], torch.tensor([tokens - 1, tokens // 3])))
             number += 1
     return cases
 
@@ -108,14 +110,15 @@ def _part(sm: int, mode: str, bits: tuple[int, int], dim: int, rows: int, dtype:
         "query": dtype,
         **_pointers("k_codes v_codes", "*u8"),
         **_pointers("k_steps k_tail v_steps v_tail", "*fp16"),
-        "positions": "*i64",
+        **_pointers("positions starts", "*i64"),
         **_pointers("part peak total", "*fp32"),
         "scale": "fp32",
-        **_pointers("count window group key_size value_size splits", "i32"),
+        **_pointers("count window group heads key_size value_size splits", "i32"),
     }
     constants = {
         "DIM": dim, "WIDTH": dim, "KEY_BITS": bits[0], "VALUE_BITS": bits[1], "KEY_FORM": forms[0],
         "VALUE_FORM": forms[1], "BLOCK_R": rows, "BLOCK_T": 32, "BLOCK_D": dim, "BLOCK_E": dim,
+        "PADDED": True,
     }  # fmt: skip
     return Request(f"{ATTEND}:_part_kernel", signature, constants, sm, num_warps=4 if rows <= 16 else 8, num_stages=2)
 

@@ -44,9 +44,9 @@ def case(
     return [query, *stores, positions, *bits, mode, dims[1], dims[0] ** -0.5], made[0], made[1]
 
 
-def assert_within_rounding(found: Tensor, args: list[Any], window: int = 0) -> None:
+def assert_within_rounding(found: Tensor, args: list[Any], window: int = 0, starts: Tensor | None = None) -> None:
     """Sums of D and of up to `tokens` terms in float32, of values up to the values' size."""
-    expected = reference(*args, window)
+    expected = reference(*args, window, starts)
     terms = int(args[3][-1]) + 1 + args[0].shape[-1]
     eps = torch.finfo(args[0].dtype).eps
     torch.testing.assert_close(
@@ -144,6 +144,37 @@ def test_what_was_never_written_does_not_matter():
     assert_within_rounding(expected, args)
 
 
+@pytest.mark.parametrize("mode", FORMS)
+@pytest.mark.parametrize(("tokens", "queries", "window"), [(70, 1, 0), (70, 1, 9), (70, 70, 0), (300, 40, 90)])
+@pytest.mark.parametrize("starts", [(0, 0), (5, 40), (33, 69)])
+def test_padding_on_the_left(mode, tokens, queries, window, starts, monkeypatch):
+    monkeypatch.setattr(quantized_cache_attention_cpu, "TOKENS", 64)
+    monkeypatch.setattr(quantized_cache_attention_cpu, "QUERIES", 16)
+    args, _, _ = case(tokens, queries, mode=mode, batch=2)
+    begins = torch.tensor(starts)
+    found = quantized_cache_attention(*args, window, begins)
+    assert_within_rounding(found, args, window, begins)
+    for row, start in enumerate(starts):
+        blind = args[3] < start
+        assert not found[row][:, blind].any(), "a query in the padding sees nothing"
+        assert found[row][:, ~blind].any(-1).all()
+    unpadded = quantized_cache_attention(*args, window)
+    assert torch.equal(found, unpadded) == (max(starts) <= max(0, tokens - queries - window + 1 if window else 0))
+
+
+def test_padding_may_hold_anything():
+    """What stands before a start has no weight: the same as alone, in a store that never held it."""
+    args, key, value = case(40, 1, batch=2)
+    found = quantized_cache_attention(*args, 0, torch.tensor([0, 15]))[1:]
+    stores = [torch.zeros(1, 2, Packing(4, "per_token", 32).bytes_for(25), dtype=torch.uint8) for _ in range(2)]
+    stores = [
+        cache_append(store, torch.arange(25), new[1:, :, 15:], 4, "per_token")
+        for store, new in zip(stores, (key, value), strict=True)
+    ]
+    alone = quantized_cache_attention(args[0][1:], *stores, torch.tensor([24]), *args[4:])
+    torch.testing.assert_close(found, alone, rtol=1e-5, atol=1e-5)
+
+
 def test_no_query_gives_nothing():
     args, _, _ = case(8, 1)
     args[0], args[3] = args[0][:, :, :0], args[3][:0]
@@ -160,11 +191,13 @@ def test_no_query_gives_nothing():
         ({6: "per_head"}, "got mode 'per_head', expected per_token or kivi"),
         ({7: 12}, "got value_dim=12"),
         ({1: torch.zeros(1, 2, 9)}, "got key of torch.float32"),
+        ({9: 0, 10: torch.tensor([0, 0])}, "got starts of shape .2., expected .B. with B=1"),
+        ({9: 0, 10: torch.tensor([0.0])}, "got starts of torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, reason):
     args, _, _ = case(8, 1)
     for position, value in change.items():
-        args[position] = value
+        args[position : position + 1] = [value]
     with pytest.raises(InvalidArgument, match=reason):
         quantized_cache_attention(*args)

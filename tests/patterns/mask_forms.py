@@ -92,6 +92,7 @@ INPUTS: dict[str, tuple[Tensor, dict[int, Any]]] = {
     "padding_float": (torch.ones(2, 6), {0: B, 1: S}),
     "padding_wide": (torch.ones(2, 1, 1, 6, dtype=torch.bool), {0: B, 3: S}),
     "padding_cache": (torch.ones(2, 32, dtype=torch.bool), {0: B}),
+    "starts": (torch.tensor([0, 3]), {0: B}),
     "positions": (torch.arange(6), {0: S}),
     "position_ids": (torch.arange(6).repeat(2, 1), {0: B, 1: S}),
     "start": (torch.tensor(3), {}),
@@ -202,6 +203,16 @@ FORMS = (
          lambda m, q, k, positions, padding_cache: additive(causal(q.shape[2], 32, positions[0])
                                                             & padding_cache[:, None, None]),
          "cache_causal", ("positions", "padding_cache"), "cache", additive=True, sees=False),
+    Form("positions and starts",
+         lambda m, q, k, positions, starts: causal(q.shape[2], 32, positions[0])
+         & (torch.arange(32) >= starts[:, None, None, None]), "cache_causal", ("positions", "starts"), "cache",
+         sees=False),
+    Form("rows of a mask of starts, window",
+         lambda m, q, k, positions, starts: (torch.arange(32) >= starts[:, None])[:, None, None]
+         & causal(q.shape[2], 32, positions[0]) & ~causal(q.shape[2], 32, positions[0] - 8),
+         "cache_causal", ("positions", "starts"), "cache", window=8, sees=False),
+    Form("starts alone", lambda m, q, k, starts: (torch.arange(k.shape[2]) > starts[:, None] - 1)[:, None, None],
+         "padding", ("starts",), sees=False),
     Form("constant of fixed size", lambda m, q, k: m.tril[0, 0, :9, :9], "causal", keys="fixed"),
 )  # fmt: skip
 
@@ -244,6 +255,12 @@ NEAR_MISSES = (
          & (segments[:, None, :, None] == segments[:, None, None]), inputs=("segments",)),
     Form("j < positions[i]", lambda m, q, k, positions: torch.arange(32) < positions[:, None], inputs=("positions",),
          keys="cache"),
+    Form("j > starts", lambda m, q, k, positions, starts: causal(q.shape[2], 32, positions[0])
+         & (torch.arange(32) > starts[:, None, None, None]), inputs=("positions", "starts"), keys="cache"),
+    Form("starts of a neighbour", lambda m, q, k, positions, starts: causal(q.shape[2], 32, positions[0])
+         & (torch.arange(32) >= starts.flip(0)[:, None, None, None]), inputs=("positions", "starts"), keys="cache"),
+    Form("ends", lambda m, q, k, starts: (torch.arange(k.shape[2]) < starts[:, None])[:, None, None],
+         inputs=("starts",)),
     Form("positions where consecutive", lambda m, q, k, positions: causal(q.shape[2], 32, positions[0])
          & (positions.diff(prepend=positions[:1] - 1) == 1)[:, None], inputs=("positions",), keys="cache"),
     Form("random", lambda m, q, k: torch.rand(q.shape[2], q.shape[2]) >= 0, reason="random or undefined value, rand"),

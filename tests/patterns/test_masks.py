@@ -22,6 +22,7 @@ def test_forms(form: Form):
     read = {node.name.removeprefix("inputs_") for node in (fact.positions, fact.padding) if node is not None}
     assert read - {"b_length"} == {name for name in form.inputs if name not in ("past", "tokens")}
     assert (fact.positions is not None) == (form.kind == "cache_causal")
+    assert fact.starts == ("starts" in form.inputs)
 
 
 @pytest.mark.parametrize("form", NEAR_MISSES, ids=lambda form: form.name)
