@@ -42,6 +42,7 @@ def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Progr
         exported = rewriting.edit.exported
         rewriting.commit()
         if final:
+            records += rewriting.records(phase.name)
             records += PassManager(FINISHERS).run(exported, phase.name, prepared.shared)
         status |= dict.fromkeys(rewriting.changes, ("kept", ""))
         status |= {site: ("failed", reason) for site, reason in rewriting.failed.items()}

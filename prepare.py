@@ -95,18 +95,19 @@ def with_exact(prepared: Prepared, decisions: Sequence[Decision]) -> Prepared:
     exact = [d for d in decisions if d.status in ("proposed", "kept") and is_exact(d)]
     if not exact:
         return prepared
-    phases = []
+    phases, records = [], list(prepared.records)
     for phase in prepared.phases:
         exported = copy_exported(phase.exported)
         rewriting = apply_decisions(exported, phase.name, exact, prepared.shared)
         for site, reason in rewriting.failed.items():
             raise InvalidArgument(f"{site} cannot be rewritten as decided: {reason}")
         rewriting.commit()
+        records += rewriting.records(phase.name)
         phases.append(Phase(phase.plan, exported))
     for decision in exact:
         decision.status = "kept"
     sites = {phase.name: find_sites(GraphView(phase.exported), phase.name) for phase in phases}
-    return replace(prepared, phases=phases, sites=sites)
+    return replace(prepared, phases=phases, sites=sites, records=records)
 
 
 def is_exact(decision: Decision) -> bool:

@@ -13,6 +13,7 @@ from .errors import InvalidFile
 from .passes.base import discover
 from .passes.edit import copy_exported
 from .passes.manager import PassRecord
+from .passes.undo import check_undo
 from .patterns.graph import Refusal
 from .phases import Phase, PhasePlan, state_of
 from .profiles.profile import Profile
@@ -103,4 +104,5 @@ _JSON = (str, int, float, type(None))
 
 def _record(values: dict[str, Any]) -> PassRecord:
     refusals = tuple(Refusal(**refusal) for refusal in values.pop("refusals"))
-    return PassRecord(**values, refusals=refusals)
+    undo = check_undo(values.pop("undo", None))
+    return PassRecord(**values, refusals=refusals, undo=undo)

@@ -23,6 +23,7 @@ from ..patterns.graph import Refusal
 from .base import Pass
 from .dialects import TOLERANCE, example_outputs, largest_difference, verify
 from .edit import Edit
+from .undo import Snapshot, Undo
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class PassRecord:
     """What one pass did to one phase.
 
     `difference` is the largest difference of the outputs over their largest value, None where the pass changed nothing
-    or is not exact. Times are in seconds.
+    or is not exact. Times are in seconds. `undo` leads from the graph after the pass to that before it; None where the
+    pass changed nothing, and in files of versions that did not keep it.
     """
 
     name: str
@@ -42,6 +44,7 @@ class PassRecord:
     verify_seconds: float
     difference: float | None = None
     refusals: tuple[Refusal, ...] = ()
+    undo: Undo | None = None
 
 
 OnPass = Callable[[PassRecord, ExportedProgram], None]
@@ -86,6 +89,7 @@ class PassManager:
             edit = Edit(exported, shared)
             edit.provenance = {"pass": step.name}
             nodes = len(exported.graph.nodes)
+            before = Snapshot(exported)
             started = time.perf_counter()
             result = step.run(edit)
             try:
@@ -107,6 +111,7 @@ class PassManager:
                 time.perf_counter() - started,
                 difference,
                 result.refusals,
+                before.undo(exported) if result.changed else None,
             )
             records.append(record)
             if self.on_pass is not None:

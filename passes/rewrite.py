@@ -6,8 +6,10 @@ and time, on the inputs that the unchanged program gives it.
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -20,6 +22,8 @@ from .change import Change
 from .decision import Decision
 from .dialects import verify
 from .edit import Edit
+from .manager import PassRecord
+from .undo import Snapshot
 
 
 @dataclass
@@ -31,12 +35,16 @@ class Rewriting:
         changes: Site id -> what was done there.
         failed: Site id -> why the site was left as it was.
         pairs: Site id -> (original node, its replacement), for every value that was replaced.
+        before: The graph before, for the record.
+        seconds: How long rewriting took, and verifying.
     """
 
     edit: Edit
     changes: dict[str, Change]
     failed: dict[str, str]
     pairs: dict[str, list[tuple[Node, Node]]]
+    before: Snapshot
+    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def rollback(self, site: str) -> None:
         """Restore one site."""
@@ -51,10 +59,25 @@ class Rewriting:
         Raises:
             VerificationError: A rewrite broke an invariant.
         """
+        started = time.perf_counter()
         dropped = self.edit.finish()
         names = sorted({change.label for change in self.changes.values()}) or ["no rewrite"]
         verify(self.edit.exported, "optimized", ", ".join(names), self.edit.touched)
+        self.seconds[1] = time.perf_counter() - started
         return dropped
+
+    def records(self, phase: str) -> list[PassRecord]:
+        """What was done, after it was committed, as one record: the sites are rewritten in one go. None if nothing was.
+
+        Args:
+            phase: The phase's name.
+        """
+        if not self.changes:
+            return []
+        count = Counter(change.label for change in self.changes.values())
+        graph, undo = self.edit.exported.graph, self.before.undo(self.edit.exported)
+        name = " + ".join(count)
+        return [PassRecord(name, phase, count.total(), self.before.nodes, len(graph.nodes), *self.seconds, undo=undo)]
 
 
 def apply_decisions(
@@ -81,9 +104,10 @@ def apply_decisions(
     Raises:
         InvalidArgument: A decision names an unknown pass or option.
     """
+    started = time.perf_counter()
     edit = Edit(exported, shared)
     edit.shadow = shadow
-    rewriting = Rewriting(edit, {}, {}, {})
+    rewriting = Rewriting(edit, {}, {}, {}, Snapshot(exported))
     wanted = _of_phase(decisions, phase)
     families = {decision.site.rsplit("/", 1)[-1].partition("[")[0] for decision in wanted}
     sites = {site.id: site for site in find_sites(edit.view, phase, families).all}
@@ -110,6 +134,7 @@ def apply_decisions(
         rewriting.changes[decision.site] = change
         rewriting.pairs[decision.site] = [(old, new) for old, new, _ in change.redirected]
     edit.provenance = {}
+    rewriting.seconds[0] = time.perf_counter() - started
     return rewriting
 
 

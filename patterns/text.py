@@ -33,9 +33,9 @@ def graph_line(view: GraphView, node: Node) -> str:
     return f"%{node.name}: {type_text(node)} = {node.target}({', '.join(listed)})" + (f"  # {where}" if where else "")
 
 
-def type_text(node: Node) -> str:
-    """`float32[1, s, 576]`; "size" for arithmetic on sizes."""
-    value = node.meta.get("val")
+def type_text(node: Node, value: Any = None) -> str:
+    """`float32[1, s, 576]`; "size" for arithmetic on sizes. `value` is shown instead of what the node has now."""
+    value = node.meta.get("val") if value is None else value
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, list | tuple):
