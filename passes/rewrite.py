@@ -76,8 +76,9 @@ class Rewriting:
             return []
         count = Counter(change.label for change in self.changes.values())
         graph, undo = self.edit.exported.graph, self.before.undo(self.edit.exported)
-        name = " + ".join(count)
-        return [PassRecord(name, phase, count.total(), self.before.nodes, len(graph.nodes), *self.seconds, undo=undo)]
+        nodes, name = (self.before.nodes, len(graph.nodes)), " + ".join(count)
+        seconds, check = self.seconds
+        return [PassRecord(name, phase, count.total(), *nodes, seconds=seconds, verify_seconds=check, undo=undo)]
 
 
 def apply_decisions(

@@ -53,9 +53,7 @@ class Snapshot:
             there = now.get(name)
             if there is None:
                 removed.append([previous, name, self._row(node, args, kwargs, value)])
-            elif (
-                there is not node or there.args is not args or there.kwargs is not kwargs or _value(there) is not value
-            ):
+            elif not _same(there, node, args, kwargs, value):
                 old, new = self._row(node, args, kwargs, value), row_of(view, there)
                 if fields := {field: old[field] for field in _COMPARED if old[field] != new[field]}:
                     changed[name] = fields
