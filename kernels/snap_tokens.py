@@ -1,0 +1,321 @@
+"""Let neighbouring video tokens that nearly agree share values: what TimeRipple reuses, as a change of operands.
+
+    Delta_a[n, c]   = standard deviation of x[., c] over the window of n along axis a    (K = 2: |x_0 - x_1| / 2)
+    flag_a[n, c]    = Delta_a[n, c] < theta * factor of c's group,    for the tokens of a window but its first
+    root[n, c]      = where n gets by going to the first of its window, where flagged: along w, then h, then t
+    snapped[n, c]   = x[root[n, c], c]
+    reused[c]       = number of tokens with root[n, c] != n
+
+Windows are K neighbouring tokens of the grid ``frames x height x width`` along one axis, aligned, so that their first
+is always there; what does not fill a window at the end of an axis is never reused. All flags are those of `x` itself. A
+root is in the cell of K x K x K tokens around its token, and at most 1 - 1 / K^3 of the values are reused.
+
+Granularity: ``element`` flags each channel by itself, ``group`` by the root of the mean of Delta^2 over the channels of
+its group, ``token`` by that over all channels: a token then has one root, which `token_roots` gives.
+
+    x          [B, H, N, D]    float32, float16 or bfloat16; tokens first to first + T * H * W are video in raster order
+    theta      float32 [1]     0 leaves everything, infinity makes every cell constant
+    snapped    [B, H, N, D]    x's dtype; what is no video is as it was
+    reused     int32 [B, H, D]
+    roots      int32 [B, H, N]
+
+Products of snapped queries and keys are the products of the tokens that they were snapped to, so attention on snapped
+operands is attention that computes the partial score q[i, c] k[j, c] only where neither side is reused: a share of
+1 - mean_c (1 - rq_c) (1 - rk_c) of the multiplications is saved, with r_c the share of reused tokens.
+
+Exact but for Delta, which is computed in float32. A NaN is never reused, nor is what is compared with it.
+
+Source: TimeRipple (arXiv 2511.12035), equations of windows, thresholds and the union of axes; that windows are aligned,
+and that axes are resolved one after another, is this implementation's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
+
+HAS_TRITON = find_spec("triton") is not None
+Granularity = Literal["element", "group", "token"]
+
+_SIZES = {
+    "D": Size(minimum=1, maximum=256),  # a row of channels is held in registers
+    "E": Size(minimum=1, maximum=1),
+    "window": Size(minimum=2),
+    "first": Size(minimum=0),
+    **dict.fromkeys(("frames", "height", "width"), Size(minimum=1)),
+}
+CONTRACT = Contract(
+    "snap_tokens", {"x": Argument("B H N D", FLOATS), "theta": Argument("E", (torch.float32,))}, sizes=_SIZES
+)
+ROOTS_CONTRACT = Contract(
+    "token_roots", {"x": Argument("B H N D", FLOATS), "theta": Argument("E", (torch.float32,))}, sizes=_SIZES
+)
+
+
+def saved_share(query_reused: Tensor, key_reused: Tensor, tokens: int) -> Tensor:
+    """Share of the multiplications of a score map that is saved, float64 ``[B, H]``.
+
+    Args:
+        query_reused: ``reused`` of the queries, int ``[B, H, D]``.
+        key_reused: That of the keys, ``[B, G, D]``; G divides H.
+        tokens: N, what is no video included.
+    """
+    group = query_reused.shape[1] // key_reused.shape[1]
+    computed = [1 - r.double() / tokens for r in (query_reused, key_reused.repeat_interleave(group, 1))]
+    return 1 - (computed[0] * computed[1]).mean(-1)
+
+
+def reference(
+    x: Tensor, theta: Tensor, groups: Sequence[int], factors: Sequence[float], *,
+    frames: int, height: int, width: int, first: int, axes: Sequence[int], window: int, granularity: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The formula: every element goes back to its root, axis by axis."""
+    sizes = (frames, height, width)
+    video, limit = x[:, :, first : first + frames * height * width], _limits(x, theta, groups, factors)
+    root = torch.arange(video.shape[2], device=x.device)[:, None].expand(video.shape).clone()
+    for axis in sorted(axes, reverse=True):
+        stride, length = int(torch.tensor(sizes[axis + 1 :]).prod()), sizes[axis]
+        at = root // stride % length
+        # Of a window that is not whole no token is flagged, so it does not matter which tokens stand in for it.
+        start = (root - at % window * stride).clamp(max=video.shape[2] - 1)
+        members = [(start + k * stride).clamp(max=video.shape[2] - 1) for k in range(window)]
+        values = torch.stack([video.gather(2, member).float() for member in members])
+        delta = values.var(0, correction=0).sqrt() if window > 2 else (values[0] - values[1]).abs() / 2
+        # A channel that has moved compares at its own token, so a group that shares its flags has moved as one.
+        flagged = _shared(delta, groups, granularity) < limit
+        flagged &= (at % window != 0) & (at - at % window + window <= length)
+        root = torch.where(flagged, start, root)
+    snapped = x.clone()
+    snapped[:, :, first : first + video.shape[2]] = video.gather(2, root)
+    reused = root != torch.arange(video.shape[2], device=x.device)[:, None]
+    return snapped, reused.sum(2, dtype=torch.int32)
+
+
+def roots_reference(
+    x: Tensor, theta: Tensor, *, frames: int, height: int, width: int, first: int, axes: Sequence[int], window: int
+) -> Tensor:
+    """Roots of whole tokens, by snapping with the tokens' own numbers beside their channels."""
+    # In float64 a number is exact, and as a channel of the reference it would take part in Delta: it goes alone.
+    numbers = torch.arange(x.shape[2], device=x.device)
+    grid = {"frames": frames, "height": height, "width": width, "first": first, "axes": axes, "window": window}
+    roots = numbers.expand(x.shape[:3]).clone()
+    _snap(x, roots[..., None], None, theta, [x.shape[3]], [1.0], granularity="token", **grid)
+    return roots.int()
+
+
+def _limits(x: Tensor, theta: Tensor, groups: Sequence[int], factors: Sequence[float]) -> Tensor:
+    """The threshold of each channel, float32 ``[D]``."""
+    per_group = torch.tensor(factors, device=x.device) * theta.to(x.device)
+    return per_group.repeat_interleave(torch.tensor(groups, device=x.device))
+
+
+def _shared(delta: Tensor, groups: Sequence[int], granularity: str) -> Tensor:
+    """Delta ``[..., D]`` as its flags see it: of each channel, or the root mean square of those that share a flag."""
+    if granularity == "element":
+        return delta
+    parts = delta.square().split(list(groups) if granularity == "group" else [delta.shape[-1]], -1)
+    return torch.cat([part.mean(-1, keepdim=True).sqrt().expand_as(part) for part in parts], -1)
+
+
+@torch.library.custom_op("graphwright::snap_tokens", mutates_args=())
+def snap_tokens(
+    x: Tensor,
+    theta: Tensor,
+    groups: list[int],
+    factors: list[float],
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    first: int,
+    axes: list[int],
+    window: int,
+    granularity: str,
+) -> tuple[Tensor, Tensor]:
+    """Snap the tokens of queries or keys.
+
+    Args:
+        x: ``[B, H, N, D]``.
+        theta: float32 ``[1]``, the threshold; on x's device.
+        groups: Channels of each group, D together.
+        factors: What the threshold is multiplied with, for each group.
+        frames, height, width: The grid in tokens.
+        first: Index of the first video token.
+        axes: Along which axes tokens may be reused: 0 is t, 1 is h, 2 is w.
+        window: Tokens of a window, K.
+        granularity: "element", "group" or "token".
+
+    Returns:
+        The snapped tokens ``[B, H, N, D]``, and the number of reused ones for each channel, int32 ``[B, H, D]``.
+
+    Raises:
+        InvalidArgument: What ``CONTRACT`` does not hold, or a grid, groups or axes that do not fit.
+        MissingKernel: No kernel for x's device.
+    """
+    raise missing_kernel(CONTRACT.operator, x.device)
+
+
+@torch.library.custom_op("graphwright::token_roots", mutates_args=())
+def token_roots(
+    x: Tensor, theta: Tensor, *, frames: int, height: int, width: int, first: int, axes: list[int], window: int
+) -> Tensor:
+    """The token whose place each token takes at granularity "token", int32 ``[B, H, N]``; arguments as above."""
+    raise missing_kernel(ROOTS_CONTRACT.operator, x.device)
+
+
+@snap_tokens.register_fake
+def _fake(
+    x: Tensor, theta: Tensor, groups: list[int], factors: list[float], *,
+    frames: int, height: int, width: int, first: int, axes: list[int], window: int, granularity: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _require(CONTRACT, x, theta, groups, factors, (frames, height, width), first, axes, window, granularity, False)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(
+        (x.shape[0], x.shape[1], x.shape[3]), dtype=torch.int32
+    )
+
+
+@token_roots.register_fake
+def _fake_roots(
+    x: Tensor, theta: Tensor, *, frames: int, height: int, width: int, first: int, axes: list[int], window: int
+) -> Tensor:
+    _require(ROOTS_CONTRACT, x, theta, None, None, (frames, height, width), first, axes, window, "token", False)
+    return x.new_empty(x.shape[:3], dtype=torch.int32)
+
+
+def _cpu(
+    x: Tensor, theta: Tensor, groups: list[int], factors: list[float], *,
+    frames: int, height: int, width: int, first: int, axes: list[int], window: int, granularity: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _require(CONTRACT, x, theta, groups, factors, (frames, height, width), first, axes, window, granularity)
+    snapped = x.clone(memory_format=torch.contiguous_format)
+    moved = torch.zeros(x.shape, dtype=torch.bool)
+    _snap(
+        x, snapped, moved, theta, groups, factors,
+        frames=frames, height=height, width=width, first=first, axes=axes, window=window, granularity=granularity,
+    )  # fmt: skip
+    return snapped, moved.sum(2, dtype=torch.int32)
+
+
+def _cpu_roots(
+    x: Tensor, theta: Tensor, *, frames: int, height: int, width: int, first: int, axes: list[int], window: int
+) -> Tensor:
+    _require(ROOTS_CONTRACT, x, theta, None, None, (frames, height, width), first, axes, window, "token")
+    return roots_reference(x, theta, frames=frames, height=height, width=width, first=first, axes=axes, window=window)
+
+
+def _snap(
+    x: Tensor, out: Tensor, moved: Tensor | None, theta: Tensor, groups: Sequence[int], factors: Sequence[float], *,
+    frames: int, height: int, width: int, first: int, axes: Sequence[int], window: int, granularity: str,
+) -> None:  # fmt: skip
+    """Forwards, which is the same: along t, then h, then w, the first of each window is copied where flagged.
+
+    `out` ``[B, H, N, D or 1]`` holds what is to be snapped by the flags of `x` and is written, as are the marks in
+    `moved`.
+    """
+    grid, video = (frames, height, width), slice(first, first + frames * height * width)
+    limit = _limits(x, theta, groups, factors)
+    source, *targets = (t[:, :, video].unflatten(2, grid) for t in (x, out, moved) if t is not None)
+    for axis in sorted(axes):
+        dim, whole = 2 + axis, grid[axis] // window * window
+        if not whole:
+            continue
+        parts = [t.narrow(dim, 0, whole).unflatten(dim, (whole // window, window)) for t in (source, *targets)]
+        values = parts[0].float()
+        if window == 2:
+            delta = values.select(dim + 1, 1).sub(values.select(dim + 1, 0)).abs_().mul_(0.5)
+        else:
+            delta = values.var(dim + 1, correction=0).sqrt_()
+        flagged = _shared(delta, groups, granularity) < limit
+        if parts[1].shape[-1] == 1:
+            flagged = flagged[..., :1]
+        for k in range(1, window):
+            into = parts[1].select(dim + 1, k)
+            into.copy_(torch.where(flagged, parts[1].select(dim + 1, 0), into))
+            if moved is not None:
+                parts[2].select(dim + 1, k).logical_or_(flagged)
+
+
+def _cuda(
+    x: Tensor, theta: Tensor, groups: list[int], factors: list[float], *,
+    frames: int, height: int, width: int, first: int, axes: list[int], window: int, granularity: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grid = (frames, height, width)
+    _check_device(CONTRACT, x)
+    _require(CONTRACT, x, theta, groups, factors, grid, first, axes, window, granularity)
+    from .snap_tokens_triton import launch
+
+    with torch.cuda.device(x.device):
+        return launch(x, theta, groups, factors, grid, first, axes, window, granularity)
+
+
+def _cuda_roots(
+    x: Tensor, theta: Tensor, *, frames: int, height: int, width: int, first: int, axes: list[int], window: int
+) -> Tensor:
+    grid = (frames, height, width)
+    _check_device(ROOTS_CONTRACT, x)
+    _require(ROOTS_CONTRACT, x, theta, None, None, grid, first, axes, window, "token")
+    from .snap_tokens_triton import launch_roots
+
+    with torch.cuda.device(x.device):
+        return launch_roots(x, theta, grid, first, axes, window)
+
+
+def _check_device(contract: Contract, x: Tensor) -> None:
+    if not HAS_TRITON:
+        raise missing_kernel(contract.operator, x.device, "triton is not installed (pip install triton)")
+    if (reason := _missing_on(x.device)) is not None:
+        raise missing_kernel(contract.operator, x.device, reason)
+
+
+@cache
+def _missing_on(device: torch.device) -> str | None:
+    return CONTRACT.check_device(device)
+
+
+def _require(
+    contract: Contract, x: Tensor, theta: Tensor, groups: Sequence[int] | None, factors: Sequence[float] | None,
+    grid: tuple[int, int, int], first: int, axes: Sequence[int], window: int, granularity: str, proved: bool = True,
+) -> None:  # fmt: skip
+    sizes = dict(zip(("frames", "height", "width"), grid, strict=True))
+    contract.require(x=x, theta=theta, **sizes, first=first, window=window, proved=proved)
+    reason = misfit(x.shape, groups, factors, grid, first, axes, granularity)
+    if reason is not None:
+        raise InvalidArgument(f"{contract.operator}: {reason}")
+
+
+def misfit(
+    shape: Sequence[int], groups: Sequence[int] | None, factors: Sequence[float] | None, grid: Sequence[int],
+    first: int, axes: Sequence[int], granularity: str,
+) -> str | None:  # fmt: skip
+    """The first relation between arguments that fails, or ``None``; symbolic sizes are not compared."""
+    if granularity not in get_args(Granularity):
+        return f"got granularity {granularity!r}, expected {', '.join(get_args(Granularity))}"
+    if not axes or any(axis not in (0, 1, 2) for axis in axes) or len(set(axes)) != len(axes):
+        return f"got axes {list(axes)}, expected some of 0 (t), 1 (h) and 2 (w)"
+    if groups is not None and factors is not None:
+        if any(size < 1 for size in groups) or sum(groups) != shape[3]:
+            return f"got groups of {list(groups)} channels, expected {shape[3]} together"
+        if len(groups) != len(factors):
+            return f"got {len(factors)} factors for {len(groups)} groups"
+        if granularity == "token" and len(set(factors)) > 1:
+            return f"got factors {list(factors)}, expected equal ones: a whole token has one threshold"
+    known = [*grid, first, shape[2]]
+    if all(isinstance(size, int) for size in known) and first + grid[0] * grid[1] * grid[2] > shape[2]:
+        return f"got a grid of {' x '.join(map(str, grid))} from token {first} on, and {shape[2]} tokens"
+    return None
+
+
+torch.library.impl("graphwright::snap_tokens", "cpu", _cpu)
+torch.library.impl("graphwright::snap_tokens", "cuda", _cuda)
+torch.library.impl("graphwright::token_roots", "cpu", _cpu_roots)
+torch.library.impl("graphwright::token_roots", "cuda", _cuda_roots)
+register(torch.ops.graphwright.snap_tokens.default, reference, CONTRACT)
+register(torch.ops.graphwright.token_roots.default, roots_reference, ROOTS_CONTRACT)
