@@ -2,9 +2,10 @@
 
     Delta_a[n, c]   = standard deviation of x[., c] over the window of n along axis a    (K = 2: |x_0 - x_1| / 2)
     flag_a[n, c]    = Delta_a[n, c] < theta * factor of c's group,    for the tokens of a window but its first
-    root[n, c]      = where n gets by going to the first of its window, where flagged: along w, then h, then t
+    parent[n, c]    = the first of n's window along t where flagged, else along h, else along w; else n itself
+    root[n, c]      = parent of parent of ... n: a token without a flag, at most one step for each axis away
     snapped[n, c]   = x[root[n, c], c]
-    reused[c]       = number of tokens with root[n, c] != n
+    reused[c]       = number of tokens with any flag, which are those with root[n, c] != n
 
 Windows are K neighbouring tokens of the grid ``frames x height x width`` along one axis, aligned, so that their first
 is always there; what does not fill a window at the end of an axis is never reused. All flags are those of `x` itself. A
@@ -25,12 +26,13 @@ operands is attention that computes the partial score q[i, c] k[j, c] only where
 
 Exact but for Delta, which is computed in float32. A NaN is never reused, nor is what is compared with it.
 
-Source: TimeRipple (arXiv 2511.12035), equations of windows, thresholds and the union of axes; that windows are aligned,
-and that axes are resolved one after another, is this implementation's.
+Source: TimeRipple (arXiv 2511.12035): windows, thresholds and the union of axes. That windows are aligned, and which of
+several flags is followed, is this implementation's: so every value that is reused is one that is computed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -77,38 +79,40 @@ def reference(
     x: Tensor, theta: Tensor, groups: Sequence[int], factors: Sequence[float], *,
     frames: int, height: int, width: int, first: int, axes: Sequence[int], window: int, granularity: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The formula: every element goes back to its root, axis by axis."""
+    """The formula: every element goes back to its root, step by step."""
     sizes = (frames, height, width)
     video, limit = x[:, :, first : first + frames * height * width], _limits(x, theta, groups, factors)
-    root = torch.arange(video.shape[2], device=x.device)[:, None].expand(video.shape).clone()
-    for axis in sorted(axes, reverse=True):
-        stride, length = int(torch.tensor(sizes[axis + 1 :]).prod()), sizes[axis]
-        at = root // stride % length
-        # Of a window that is not whole no token is flagged, so it does not matter which tokens stand in for it.
-        start = (root - at % window * stride).clamp(max=video.shape[2] - 1)
-        members = [(start + k * stride).clamp(max=video.shape[2] - 1) for k in range(window)]
-        values = torch.stack([video.gather(2, member).float() for member in members])
-        delta = values.var(0, correction=0).sqrt() if window > 2 else (values[0] - values[1]).abs() / 2
-        # A channel that has moved compares at its own token, so a group that shares its flags has moved as one.
-        flagged = _shared(delta, groups, granularity) < limit
-        flagged &= (at % window != 0) & (at - at % window + window <= length)
-        root = torch.where(flagged, start, root)
+    last = video.shape[2] - 1
+    root = torch.arange(last + 1, device=x.device)[:, None].expand(video.shape).clone()
+    for _ in range(3):
+        parent = root
+        for axis in sorted(axes, reverse=True):
+            stride, length = math.prod(sizes[axis + 1 :]), sizes[axis]
+            at = root // stride % length
+            start = root - at % window * stride
+            # Of a window that is not whole no token is flagged, so it does not matter which tokens stand in for it.
+            members = [(start + k * stride).clamp(max=last) for k in range(window)]
+            values = torch.stack([video.gather(2, member).float() for member in members])
+            delta = values.var(0, correction=0).sqrt() if window > 2 else (values[1] - values[0]).abs() / 2
+            # Channels that share their flags have moved together, so each compares at its own token.
+            flagged = _shared(delta, groups, granularity) < limit
+            flagged &= (at % window != 0) & (at - at % window + window <= length)
+            parent = torch.where(flagged, start, parent)
+        root = parent
     snapped = x.clone()
-    snapped[:, :, first : first + video.shape[2]] = video.gather(2, root)
-    reused = root != torch.arange(video.shape[2], device=x.device)[:, None]
+    snapped[:, :, first : first + last + 1] = video.gather(2, root)
+    reused = root != torch.arange(last + 1, device=x.device)[:, None]
     return snapped, reused.sum(2, dtype=torch.int32)
 
 
 def roots_reference(
     x: Tensor, theta: Tensor, *, frames: int, height: int, width: int, first: int, axes: Sequence[int], window: int
 ) -> Tensor:
-    """Roots of whole tokens, by snapping with the tokens' own numbers beside their channels."""
-    # In float64 a number is exact, and as a channel of the reference it would take part in Delta: it goes alone.
-    numbers = torch.arange(x.shape[2], device=x.device)
-    grid = {"frames": frames, "height": height, "width": width, "first": first, "axes": axes, "window": window}
-    roots = numbers.expand(x.shape[:3]).clone()
-    _snap(x, roots[..., None], None, theta, [x.shape[3]], [1.0], granularity="token", **grid)
-    return roots.int()
+    """Roots of whole tokens."""
+    roots = torch.arange(x.shape[2], dtype=torch.int32, device=x.device).expand(x.shape[:3]).clone()
+    found = _roots(x, theta, [x.shape[3]], [1.0], (frames, height, width), first, axes, window, "token")
+    roots[:, :, first : first + found.shape[2]] = found[..., 0] + first
+    return roots
 
 
 def _limits(x: Tensor, theta: Tensor, groups: Sequence[int], factors: Sequence[float]) -> Tensor:
@@ -195,13 +199,12 @@ def _cpu(
     frames: int, height: int, width: int, first: int, axes: list[int], window: int, granularity: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _require(CONTRACT, x, theta, groups, factors, (frames, height, width), first, axes, window, granularity)
+    root = _roots(x, theta, groups, factors, (frames, height, width), first, axes, window, granularity)
+    video = slice(first, first + root.shape[2])
     snapped = x.clone(memory_format=torch.contiguous_format)
-    moved = torch.zeros(x.shape, dtype=torch.bool)
-    _snap(
-        x, snapped, moved, theta, groups, factors,
-        frames=frames, height=height, width=width, first=first, axes=axes, window=window, granularity=granularity,
-    )  # fmt: skip
-    return snapped, moved.sum(2, dtype=torch.int32)
+    snapped[:, :, video] = x[:, :, video].gather(2, root.expand(*root.shape[:3], x.shape[3]))
+    moved = (root != torch.arange(root.shape[2])[:, None]).sum(2, dtype=torch.int32)
+    return snapped, moved.expand(*x.shape[:2], x.shape[3]).contiguous()
 
 
 def _cpu_roots(
@@ -211,36 +214,31 @@ def _cpu_roots(
     return roots_reference(x, theta, frames=frames, height=height, width=width, first=first, axes=axes, window=window)
 
 
-def _snap(
-    x: Tensor, out: Tensor, moved: Tensor | None, theta: Tensor, groups: Sequence[int], factors: Sequence[float], *,
-    frames: int, height: int, width: int, first: int, axes: Sequence[int], window: int, granularity: str,
-) -> None:  # fmt: skip
-    """Forwards, which is the same: along t, then h, then w, the first of each window is copied where flagged.
-
-    `out` ``[B, H, N, D or 1]`` holds what is to be snapped by the flags of `x` and is written, as are the marks in
-    `moved`.
-    """
-    grid, video = (frames, height, width), slice(first, first + frames * height * width)
-    limit = _limits(x, theta, groups, factors)
-    source, *targets = (t[:, :, video].unflatten(2, grid) for t in (x, out, moved) if t is not None)
-    for axis in sorted(axes):
-        dim, whole = 2 + axis, grid[axis] // window * window
+def _roots(
+    x: Tensor, theta: Tensor, groups: Sequence[int], factors: Sequence[float], grid: tuple[int, int, int], first: int,
+    axes: Sequence[int], window: int, granularity: str,
+) -> Tensor:  # fmt: skip
+    """Roots of the video tokens, counted from the first of them, int64 ``[B, H, T * Hh * W, D]``, or 1 for D."""
+    video, limit = x[:, :, first : first + math.prod(grid)].unflatten(2, grid), _limits(x, theta, groups, factors)
+    wide = 1 if granularity == "token" else x.shape[3]
+    back = torch.zeros((*video.shape[:-1], wide), dtype=torch.int64, device=x.device)
+    for axis in sorted(axes, reverse=True):
+        dim, whole, stride = 2 + axis, grid[axis] // window * window, math.prod(grid[axis + 1 :])
         if not whole:
             continue
-        parts = [t.narrow(dim, 0, whole).unflatten(dim, (whole // window, window)) for t in (source, *targets)]
-        values = parts[0].float()
+        values, steps = (t.narrow(dim, 0, whole).unflatten(dim, (whole // window, window)) for t in (video, back))
+        values = values.float()
         if window == 2:
             delta = values.select(dim + 1, 1).sub(values.select(dim + 1, 0)).abs_().mul_(0.5)
         else:
             delta = values.var(dim + 1, correction=0).sqrt_()
-        flagged = _shared(delta, groups, granularity) < limit
-        if parts[1].shape[-1] == 1:
-            flagged = flagged[..., :1]
+        flagged = (_shared(delta, groups, granularity) < limit)[..., :wide]
         for k in range(1, window):
-            into = parts[1].select(dim + 1, k)
-            into.copy_(torch.where(flagged, parts[1].select(dim + 1, 0), into))
-            if moved is not None:
-                parts[2].select(dim + 1, k).logical_or_(flagged)
+            steps.select(dim + 1, k).masked_fill_(flagged, k * stride)
+    root = torch.arange(back[0, 0].numel() // wide, device=x.device)[:, None] - back.flatten(2, 4)
+    for _ in range(2):  # three steps at most, and each time they double
+        root = root.gather(2, root)
+    return root
 
 
 def _cuda(

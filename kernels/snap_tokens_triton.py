@@ -1,4 +1,4 @@
-"""The Triton kernel of `snap_tokens` and `token_roots`: every element goes back to its root, along w, then h, then t.
+"""The Triton kernel of `snap_tokens` and `token_roots`: every element goes back to its root, three steps at most.
 
 One program takes some tokens of one head, with all their channels. Nothing but the result is stored: the windows of a
 token lie next to it, so what is read again is in the cache.
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ELEMENTS, _WARPS = 4096, 4
-"""Tokens times channels of a program: of each an address, a value and a flag are held, and 8192 spill registers."""
+_ELEMENTS, _WARPS = 2048, 4
+"""Tokens times channels of a program: of each an address, a value and a flag are held; twice as many can spill."""
 
 
 def block_tokens(channels: int) -> int:
@@ -84,8 +84,8 @@ def _delta(x, at, step, holds, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _step_back(x, limit, group, root, holds, size, stride, row, cs, WINDOW: tl.constexpr, SHARED: tl.constexpr):
-    """Move elements to the first of their window along one axis, where flagged."""
+def _parent(x, limit, group, root, parent, holds, size, stride, row, cs, WINDOW: tl.constexpr, SHARED: tl.constexpr):
+    """The first of the window along one axis where it is flagged, else what is the parent so far."""
     at = root // stride % size
     behind = at % WINDOW
     start = root - behind * stride
@@ -99,7 +99,7 @@ def _step_back(x, limit, group, root, holds, size, stride, row, cs, WINDOW: tl.c
             mean = tl.sum(tl.where(own, squares, 0.0), 1) / tl.sum((group == g).to(tl.float32), 0)
             shared = tl.where(own, tl.sqrt(mean)[:, None], shared)
         delta = shared
-    return tl.where(inside & (delta < limit[None, :]), start, root)
+    return tl.where(inside & (delta < limit[None, :]), start, parent)
 
 
 @triton.jit
@@ -123,12 +123,15 @@ def _snap_kernel(
     base = x + first * x_n.to(tl.int64)
     root = (tokens - first)[:, None] + tl.zeros([BLOCK_N, BLOCK_D], tl.int32)
     one = frames * 0 + 1
-    if ALONG_W:
-        root = _step_back(base, limit, group, root, holds, width, one, x_n, cs, WINDOW, SHARED)
-    if ALONG_H:
-        root = _step_back(base, limit, group, root, holds, height, width, x_n, cs, WINDOW, SHARED)
-    if ALONG_T:
-        root = _step_back(base, limit, group, root, holds, frames, height * width, x_n, cs, WINDOW, SHARED)
+    for _ in tl.static_range(ALONG_T + ALONG_H + ALONG_W):
+        parent = root
+        if ALONG_W:
+            parent = _parent(base, limit, group, root, parent, holds, width, one, x_n, cs, WINDOW, SHARED)
+        if ALONG_H:
+            parent = _parent(base, limit, group, root, parent, holds, height, width, x_n, cs, WINDOW, SHARED)
+        if ALONG_T:
+            parent = _parent(base, limit, group, root, parent, holds, frames, height * width, x_n, cs, WINDOW, SHARED)
+        root = parent
     root += first
     if ROOTS:
         token = tl.max(tl.where(channel[None, :], root, -1), 1)

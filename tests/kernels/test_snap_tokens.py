@@ -36,7 +36,7 @@ def make_case(grid=(5, 6, 7), first=3, text=5, channels=12, *, theta=0.6, dtype=
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 2**31),
 )
-def test_forwards_and_backwards_are_the_same(grid, text, axes, window, granularity, theta, dtype, seed):
+def test_the_kernel_is_the_formula(grid, text, axes, window, granularity, theta, dtype, seed):
     x, limit, sizes = make_case(grid, text // 2, text, theta=theta, dtype=dtype, seed=seed)
     factors = FACTORS if granularity != "token" else [1.0] * 3
     options = {**sizes, "axes": axes, "window": window, "granularity": granularity}
@@ -93,6 +93,20 @@ def test_flags_are_ored_and_chains_end_at_computed_tokens():
     snapped, reused = snap_tokens(x, torch.tensor([0.11]), [1], [1.0], **options, granularity="element")
     assert torch.equal(snapped.flatten(), torch.tensor([0.0, 0.0, 0.0, 5.0]))
     assert reused.item() == 2
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_what_is_reused_is_computed(window):
+    """A root is its own root, so as many different values are left as are counted."""
+    x, theta, sizes = make_case((6, 6, 6), 0, 0, batch=1)
+    options = {**sizes, "axes": [0, 1, 2], "window": window}
+    roots = token_roots(x, theta, **options).long()
+    assert (roots != torch.arange(216)).any()
+    assert torch.equal(roots.gather(2, roots), roots)
+    snapped, reused = snap_tokens(x, theta, GROUPS, FACTORS, **options, granularity="element")
+    for head in range(3):
+        for channel in range(12):
+            assert len(snapped[0, head, :, channel].unique()) == 216 - int(reused[0, head, channel])
 
 
 def test_a_group_is_snapped_alone():

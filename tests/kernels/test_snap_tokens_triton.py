@@ -62,9 +62,8 @@ def test_interpreted_roots_strides_and_nothing():
 
 
 def test_configurations_compile_within_the_limits_of_each_device():
-    requests = [_request(sm, 128, "bf16", 3, 2) for sm in (80, 89, 90)]
-    requests += [_request(90, 64, "fp32", 0, 2), _request(90, 128, "fp16", 1, 4), _request(80, 256, "fp32", 0, 2)]
-    requests.append(_request(90, 128, "bf16", 1, 2, roots=True))
+    requests = [_request(80, 256, "fp32", 0, 2), _request(89, 128, "bf16", 3, 2), _request(90, 128, "fp16", 1, 4)]
+    requests.append(_request(90, 64, "bf16", 1, 2, roots=True))
     for made, request in zip(compile_kernels(requests), requests, strict=True):
         assert made.fits(request.sm), (request, made)
 
