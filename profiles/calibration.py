@@ -72,7 +72,7 @@ def calibration_inputs(
 def _checked_rows(facts: Mapping[str, Any], tokens: Tensor, position: int, longest: int) -> Tensor:
     """Texts as rows [n, tokens], cut to what is calibrated on and to what the cache holds."""
     longest = min(longest, int(facts["max_cache_len"]))
-    rows = tokens.reshape(-1, tokens.shape[-1]) if tokens.dim() else tokens[None, None]
+    rows = tokens.reshape(tokens.shape[:-1].numel(), tokens.shape[-1]) if tokens.dim() else tokens[None, None]
     if rows.shape[-1] < 2 or rows.shape[0] < 1 or rows.is_floating_point():
         raise InvalidArgument(
             f"calibration item {position}: expected at least two integer tokens, got {tokens.dtype}{list(tokens.shape)}"
