@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .passes.edit import copy_exported
 from .passes.hoist_order import HoistOrder
 from .passes.manager import PassManager
@@ -56,9 +58,22 @@ def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Progr
         for decision in profile.decisions
     ]
     captured = prepared.captured
-    history = History(records, _refusals(prepared), before, dict(prepared.measured))
+    measured = prepared.measured | {"bytes_before": _bytes(prepared)}
+    history = History(records, _refusals(prepared), before, measured)
     settled = profile.model_copy(update={"decisions": decisions})
     return Program(phases, captured.inputs, captured.kind, captured.facts, settled, history)
+
+
+def _bytes(prepared: Prepared) -> dict[str, int]:
+    """Bytes of the captured weights and state, each storage once."""
+    exported = prepared.captured.exported
+    state = set(state_of(exported))
+    found: dict[str, dict[int, int]] = {"weights": {}, "state": {}}
+    for name, tensor in {**exported.constants, **exported.state_dict}.items():
+        if isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()
+            found["state" if name in state else "weights"][storage.data_ptr()] = storage.nbytes()
+    return {kind: sum(sizes.values()) for kind, sizes in found.items()}
 
 
 def _refusals(prepared: Prepared) -> dict[str, dict[str, list[str]]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidArgument, InvalidType
+from .html_report.png import png_address
 from .patterns.steps import DEFAULT_TIMESTEPS, StepRange
 from .program import Program, ProgramModule
 from .progress import Progress
@@ -140,11 +141,30 @@ def compare_outputs(program: Program, recorded: Recorded, bar: Progress) -> None
     pairs = [(s, o) for s, o in zip(recorded.samplers, recorded.outputs, strict=True) if o is not None]
     if not pairs or not any(decision.status == "kept" for decision in program.decisions):
         return
-    found = []
+    found, frames = [], []
     with bar.stage("sampling to compare", len(pairs)), torch.no_grad():
         for sampler, reference in pairs:
             output = sampler(program.as_module())
             if isinstance(output, Tensor) and output.shape == reference.shape:
                 found.append(compare(reference, output))
+                frames.append({"dense": _frames(reference), "rewritten": _frames(output)})
             bar.step()
     program.history.measured["video"] = found
+    if frames and frames[0]["dense"]:
+        program.history.measured["video_frames"] = frames
+
+
+def _frames(video: Tensor) -> list[tuple[int, str]]:
+    """(number, `data:` address) of a few frames, none where the sampler returned latents and not pixels in [0, 1]."""
+    if video.dim() < 4 or video.shape[-3] != 3 or float(video.min()) < 0 or float(video.max()) > 1:
+        return []
+    frames = video.reshape(-1, *video.shape[-3:])
+    step = max(1, -(-max(video.shape[-2:]) // _MOST_PIXELS))
+    chosen = sorted({round(i * (len(frames) - 1) / (_MOST_FRAMES - 1)) for i in range(_MOST_FRAMES)})
+    images = ((n, frames[n, :, ::step, ::step].permute(1, 2, 0).mul(255).round().to(torch.uint8)) for n in chosen)
+    return [(number, png_address(image)) for number, image in images]
+
+
+_MOST_FRAMES = 5
+_MOST_PIXELS = 192
+"""Frames and pixels a side that are kept for the page."""

@@ -74,12 +74,17 @@ def report(
     program: Saved,
     as_json: AsJson = False,
     site: Annotated[str | None, typer.Option(help="Explain this site instead.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the page with graphs and pictures here instead.")] = None,
 ) -> None:
     """Show what was done to a saved program, and why."""
     from .program_file import load
     from .report import dump_json
 
+    _check_writable(html)
     loaded = load(program)
+    if html is not None:
+        print(loaded.html(html))
+        return
     if site is not None:
         print(loaded.explain(site))
         return

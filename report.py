@@ -120,7 +120,7 @@ class Report(_Printable):
             ],
             "refusals": history.refusals,
             "methods": program.profile.methods,
-            "measured": {**program.profile.measured, **history.measured},
+            "measured": {k: v for k, v in {**program.profile.measured, **history.measured}.items() if k != "video_frames"},
             "decisions": [decision.model_dump(mode="json") for decision in program.decisions],
         }
 

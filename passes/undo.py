@@ -18,7 +18,7 @@ Undo = dict[str, Any]
 """`added`: names; `removed`: [name of the row before it, or "", its name, its row], in graph order; `changed`: name ->
 the fields of the row that were different."""
 
-_COMPARED = ("args", "type", "inputs", "weights")
+_COMPARED = ("op", "target", "args", "type", "module", "source", "inputs", "weights")
 
 
 class Snapshot:
@@ -75,7 +75,7 @@ def step_back(rows: dict[str, Row], undo: Undo) -> dict[str, Row]:
     """The rows before a pass, from those after it."""
     gone = set(undo["added"])
     changed = undo["changed"]
-    order = {name: {**row, **changed.get(name, {})} for name, row in rows.items() if name not in gone}
+    order = {name: row | changed[name] if name in changed else row for name, row in rows.items() if name not in gone}
     behind = {previous: (name, row) for previous, name, row in undo["removed"]}  # one row has one row before it
     result: dict[str, Row] = {}
     for name, row in [("", {}), *order.items()]:

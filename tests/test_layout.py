@@ -18,6 +18,7 @@ FLOORS = {  # what each folder may import, beside itself and GROUND
     "passes": {"kernels", "patterns"},
     "lowering": {"kernels"},
     "profiles": {"kernels", "passes", "patterns"},
+    "html_report": {"kernels", "passes", "patterns", "program"},
 }
 GROUND = {"errors", "progress", "torch_private"}
 PROGRAMS = ("examples", "benchmarks")

@@ -1,0 +1,236 @@
+"""The pictures of the package's methods, made from what decisions, profile and history hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.block_lists import keep_of
+from ..passes.decision import Decision
+from ..patterns.graph import GraphView, NotEvaluable
+from .picture import Picture, picture
+from .png import png_address
+
+if TYPE_CHECKING:
+    from ..program import Program
+
+_MOST_SITES = 12
+_MOST_ROWS = 8
+_MOST_PIXELS = 128
+
+
+@picture
+def budget_frontier(program: Program) -> Picture | None:
+    """What was measured while the budget was sought."""
+    frontier = program.profile.measured.get("frontier")
+    if not frontier:
+        return None
+    budget = program.profile.measured["budget"]
+    error = budget["metric"] != "evaluate"
+    series = [
+        {"name": name, "line": False, "points": [[p["gain"], abs(p["score"])] for p in frontier if p["holds"] is holds]}
+        for name, holds in (("holds the budget", True), ("does not", False))
+    ]
+    data = {
+        "x": "share of the linear arithmetic that is rewritten",
+        "y": "error" if error else "score",
+        "series": [each for each in series if each["points"]],
+        "level": abs(budget["limit"]),
+    }
+    return Picture("Budget: error against what is kept", "points", data, "Each point is a measured whole program.")
+
+
+@picture
+def predicted_and_measured(program: Program) -> Picture | None:
+    """The speed-up at each site against its share of the arithmetic."""
+    groups: dict[str, list[list[float]]] = {}
+    for decision in program.decisions:
+        if decision.predicted_gain is not None and decision.measured_gain is not None:
+            point = [round(decision.predicted_gain, 6), round(decision.measured_gain, 4)]
+            groups.setdefault(decision.status.replace("_", " "), []).append(point)
+    if not groups:
+        return None
+    series = [{"name": name, "line": False, "points": points} for name, points in groups.items()]
+    data = {"x": "predicted: share of the phase's arithmetic", "y": "measured: speed-up at the site", "series": series}
+    return Picture("Predicted against measured gain", "points", data | {"level": 1.0}, "Below 1 the rewrite is slower.")
+
+
+@picture
+def errors_by_layer(program: Program) -> Picture | None:
+    """The error at each site's own output, by layer and role, in the phase that has most of them."""
+    phases: dict[str, list[Decision]] = {}
+    for decision in program.decisions:
+        if decision.local_error is not None and "role" in decision.facts and "/linear[" in decision.site:
+            phases.setdefault(decision.phase, []).append(decision)
+    if not phases:
+        return None
+    phase, decisions = max(phases.items(), key=lambda item: len(item[1]))
+    rows = list(dict.fromkeys(_layer(d.place) for d in decisions))
+    columns = list(dict.fromkeys(d.facts["role"] for d in decisions))
+    values: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+    for d in decisions:
+        values[rows.index(_layer(d.place))][columns.index(d.facts["role"])] = d.local_error
+    data = {"rows": rows, "columns": columns, "values": values, "unit": "relative L2 error", "short": True}
+    return Picture(f"Error at the site's output, {phase}", "heatmap", data, "The same input for both variants.")
+
+
+@picture
+def attention_by_head(program: Program) -> list[Picture]:
+    """Head types, recall and density of sparse attentions."""
+    kept = [d for d in program.decisions if d.status == "kept"]
+    pictures = []
+    for title, names, unit in (
+        ("Head types", ("type", "shape"), ""),
+        ("Recall by head", ("recall",), "attention mass that the kept keys have"),
+        ("Density by head", ("density",), "share of the score map that is computed"),
+    ):
+        found = [(d, next((d.figures[n] for n in names if n in d.figures), None)) for d in kept]
+        rows = [(f"{d.phase}: {d.place.rsplit('/', 1)[0]}", list(values)) for d, values in found if values]
+        if rows:
+            heads = max(len(values) for _, values in rows)
+            data = {
+                "rows": [label for label, _ in rows],
+                "columns": [f"head {head}" for head in range(heads)],
+                "values": [values + [None] * (heads - len(values)) for _, values in rows],
+                "unit": unit,
+            }
+            pictures.append(Picture(title, "heatmap", data, "Measured on the first calibration input of each phase."))
+    return pictures
+
+
+@picture
+def attention_masks(program: Program) -> Picture | None:
+    """Which key blocks each query block keeps, where that does not depend on the input."""
+    rows: list[dict[str, Any]] = []
+    for name, phase in program.phases.items():
+        view = GraphView(phase.exported)
+        for node in phase.exported.graph.nodes:
+            if str(node.target) == "graphwright.block_sparse_attention.default" and len(rows) < _MOST_SITES:
+                maps = _masks(view, node)
+                if maps is not None:
+                    images = [{"label": f"row {i}", "source": png_address(_shrunk(m))} for i, m in enumerate(maps)]
+                    rows.append({"label": f"{name}: {view.module_path(node)}", "images": images})
+    caption = (
+        "A row of blocks is a query block, a column a key block; dark is computed. Text and the first frame, which "
+    )
+    caption += "every query sees, are not drawn. Which row a head takes is in its type."
+    return Picture("Attention masks", "images", {"rows": rows}, caption) if rows else None
+
+
+@picture
+def density_over_steps(program: Program) -> Picture | None:
+    """How much of the attention is computed in each range of denoising steps."""
+    steps = program.profile.steps
+    if not steps:
+        return None
+    values = []
+    for step in steps:
+        kept = [d for d in program.decisions if d.phase == step.name and d.status == "kept"]
+        known = [density for d in kept if (density := _density(d)) is not None]
+        total = len(program.sites[step.name].attention) + len(known)
+        values.append((sum(known) + max(total - len(known), 0)) / total if total else 1.0)
+    data = {
+        "labels": [f"{step.name} ({step.first} to {step.last})" for step in steps],
+        "unit": "density",
+        "series": [{"name": "mean density of the attentions", "values": values}],
+    }
+    return Picture("Budget over steps", "bars", data, "1 is dense.")
+
+
+@picture
+def bits_and_loss(program: Program) -> list[Picture]:
+    """KVTuner's trials with their Pareto front, and the bits by layer that were chosen."""
+    searched = program.profile.measured.get("kvtuner")
+    if not searched:
+        return []
+    series = [
+        {"name": "tables tried", "line": False, "points": [[t["bits"], t["value"]] for t in searched["trials"]]},
+        {"name": "Pareto front", "line": True, "points": [[t["bits"], t["value"]] for t in searched["front"]]},
+        {"name": "chosen", "line": False, "points": [[searched["bits"], searched["value"]]]},
+    ]
+    data = {
+        "x": "mean bits of keys and values",
+        "y": searched["objective"],
+        "series": series,
+        "limit": searched["limit"],
+    }
+    table = searched["table"]
+    bits = {
+        "rows": ["keys", "values"],
+        "columns": [str(layer) for layer in range(len(table))],
+        "values": [[pair[side] for pair in table] for side in (0, 1)],
+        "unit": "bits",
+    }
+    return [
+        Picture("Bits against loss", "points", data, "Further left and further down is better."),
+        Picture("Bits of the cache by layer", "heatmap", bits, "Columns are layers."),
+    ]
+
+
+@picture
+def activations_and_rotation(program: Program) -> list[Picture]:
+    """How large the channels of activations are before and after a rotation."""
+    found = program.profile.measured.get("activation_spread") or {}
+    return [
+        Picture(
+            f"Activations before and after rotation: {place}",
+            "points",
+            {
+                "x": "share of the channels, the largest first",
+                "y": "largest magnitude over the mean",
+                "series": [
+                    {"name": name, "line": True, "points": [[i / (len(v) - 1), x] for i, x in enumerate(v)]}
+                    for name, v in spread.items()
+                ],
+            },
+            "A flat line has no outliers to spend bits on.",
+        )
+        for place, spread in found.items()
+    ]
+
+
+@picture
+def video_frames(program: Program) -> list[Picture]:
+    """Frames of the dense program's video above those of the rewritten one's."""
+    pictures = []
+    videos: list[dict[str, Any]] = program.history.measured.get("video_frames") or []
+    for number, video in enumerate(videos):
+        rows = [
+            {"label": name, "images": [{"label": f"frame {f}", "source": source} for f, source in video[name]]}
+            for name in ("dense", "rewritten")
+        ]
+        pictures.append(Picture(f"Video {number + 1}", "images", {"rows": rows}, "The same prompt and the same noise."))
+    return pictures
+
+
+def _layer(place: str) -> str:
+    """`model.layers.12.mlp.up_proj/linear[0]` to `layers.12`; without a number the module path."""
+    path = place.rsplit("/", 1)[0]
+    found = re.search(r"(\w+\.\d+)(?:\.|$)", path)
+    return found[1] if found else path
+
+
+def _density(decision: Decision) -> float | None:
+    if "density" in decision.figures:
+        values: Sequence[float] = decision.figures["density"]
+        return sum(values) / len(values)
+    return float(decision.facts["density"]) if "density" in decision.facts else None
+
+
+def _masks(view: GraphView, node: Any) -> Tensor | None:
+    try:
+        counts, blocks = (view.evaluate(n, {}, view.assignments([n], 1)[0]) for n in node.args[3:5])
+        return keep_of(counts, blocks, int(node.kwargs["key_blocks"]))[:_MOST_ROWS]
+    except (NotEvaluable, RuntimeError, TypeError, ValueError):
+        return None  # the lists come from the input, or their number is dynamic
+
+
+def _shrunk(keep: Tensor) -> Tensor:
+    """bool [Q, K] as grey [h, w] of at most so many pixels a side, dark where any block is kept."""
+    step = max(1, -(-max(keep.shape) // _MOST_PIXELS))
+    pooled = torch.nn.functional.max_pool2d(keep[None].float(), step, ceil_mode=True)[0]
+    return (255 - pooled * 215).to(torch.uint8)
