@@ -27,7 +27,7 @@ _MOST_PIXELS = 128
 def budget_frontier(program: Program) -> Picture | None:
     """What was measured while the budget was sought."""
     frontier = program.profile.measured.get("frontier")
-    if not frontier:
+    if not frontier or len(frontier) < 2:
         return None
     budget = program.profile.measured["budget"]
     error = budget["metric"] != "evaluate"

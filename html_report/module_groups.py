@@ -83,7 +83,9 @@ def _group(groups: list[Group], index: dict[str, int], path: str) -> int:
         above, _, last = path.rpartition(".")
         parent = _group(groups, index, above)
         index[path] = len(groups)
-        groups.append(Group(last, path, parent))
+        # A number says little alone: `layers.7`.
+        label = f"{above.rpartition('.')[2]}.{last}" if last.isdigit() and above else last
+        groups.append(Group(label, path, parent))
     return index[path]
 
 

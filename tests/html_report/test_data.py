@@ -86,6 +86,11 @@ def test_a_module_in_which_there_is_only_one_other_is_drawn_as_one_with_it():
     assert tree.parents == [0, 1, 1, 1, 1, 2, 2, 2, 2]
 
 
+def test_a_numbered_module_keeps_the_name_of_its_list():
+    tree = group_nodes([f"n{i}" for i in range(8)], [*["layers.0"] * 4, *["layers.1"] * 4], [])
+    assert [group.label for group in tree.groups] == ["", "layers", "layers.0", "layers.1"]
+
+
 def test_names_cannot_become_markup(tmp_path):
     program = canonical()
     facts = program.facts

@@ -87,8 +87,8 @@ def test_a_module_opens_and_closes_with_the_mouse_and_with_keys(visit):
     page = visit("quantized")
     layers = page.locator("g.group", has_text="▸ layers").first
     layers.click()
-    assert any(title.endswith("▸ 0") for title in titles(page))
-    first = page.locator("g.group", has_text="▸ 0").first
+    assert any(title.endswith("▸ layers.0") for title in titles(page))
+    first = page.locator("g.group", has_text="▸ layers.0").first
     first.focus()
     page.keyboard.press("Enter")
     assert any(title.endswith("▸ mlp") for title in titles(page))

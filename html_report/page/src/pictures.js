@@ -16,7 +16,8 @@ function heatmap({ title, rows, columns, values, short }) {
   const words = flat.some((value) => typeof value === "string");
   const kinds = [...new Set(flat)];
   const [low, high] = [Math.min(...flat), Math.max(...flat)];
-  const shown = (value) => (value === null ? "" : words ? value : Number.isInteger(value) ? value : short || Math.abs(value) < 0.1 ? `${(100 * value).toFixed(2)}%` : value.toFixed(2));
+  const digits = flat.every(Number.isInteger) ? 0 : high - low < 0.05 ? 4 : 2;
+  const shown = (value) => (short ? `${(100 * value).toFixed(2)}%` : value.toFixed(digits));
   const cell = (value) => {
     if (value === null) return h("td", {});
     if (words) return h("td", { class: "category", style: `border-color:var(--s${kinds.indexOf(value) % 6})` }, value);
