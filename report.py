@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from torch.fx import Node
 
 from .errors import InvalidArgument
@@ -23,6 +22,7 @@ from .patterns.graph import GraphView, shape_of
 from .patterns.text import graph_line, graph_text, type_text
 from .report_attention import attention_parts
 from .report_cache import cache_parts
+from .tables import Table
 
 if TYPE_CHECKING:
     from .program import Program
@@ -94,6 +94,7 @@ class Report(_Printable):
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
         program, history = self.program, self.program.history
+        measured = {**program.profile.measured, **history.measured}
         return {
             "kind": program.kind,
             "phases": {
@@ -120,7 +121,7 @@ class Report(_Printable):
             ],
             "refusals": history.refusals,
             "methods": program.profile.methods,
-            "measured": {k: v for k, v in {**program.profile.measured, **history.measured}.items() if k != "video_frames"},
+            "measured": {name: value for name, value in measured.items() if name != "video_frames"},
             "decisions": [decision.model_dump(mode="json") for decision in program.decisions],
         }
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
-from rich.table import Table
 
 from .passes.decision import Decision
+from .tables import Table
 
 if TYPE_CHECKING:
     from .program import Program

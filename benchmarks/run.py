@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from graphwright.benchmarks.spine_table import spine_table
 from graphwright.benchmarks.video_table import video_table
 from graphwright.errors import InvalidArgument, InvalidFile
+from graphwright.tables import Table
 
 TABLES = ("spine", "video")
 

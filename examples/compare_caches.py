@@ -6,12 +6,12 @@ import math
 
 import torch
 from rich.console import RenderableType
-from rich.table import Table
 from torch import Tensor
 
 import graphwright as gw
 from graphwright.benchmarks.timing import interleaved, one_thread
 from graphwright.profiles.decode_loss import block_of, decode_loss, decoded_logits
+from graphwright.tables import Table
 
 
 def compare_caches(packed: gw.Program, full: gw.Program, windows: Tensor, mode: str) -> RenderableType:

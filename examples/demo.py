@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import graphwright as gw
@@ -15,6 +14,7 @@ from graphwright.benchmarks.spine import budgeted_int8, logits_of
 from graphwright.benchmarks.timing import interleaved, one_thread
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import perplexity, read_text, token_windows
+from graphwright.tables import Table
 
 QUESTION = "Explain in two sentences why the sky is blue."
 ANSWER_TOKENS = 40

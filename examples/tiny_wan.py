@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import graphwright as gw
@@ -23,6 +22,7 @@ from graphwright.benchmarks.timing import one_thread
 from graphwright.examples.load_tiny_wan import load_prompts, load_tiny_wan
 from graphwright.examples.sample_video import noise_levels, sample, write_png_grid
 from graphwright.quality import compare
+from graphwright.tables import Table
 
 METHODS = {
     "rainfusion": lambda dense: gw.RainFusion(dense_steps=dense),
