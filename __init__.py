@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .profiles.presets import preset
     from .profiles.profile import Profile
     from .profiles.rainfusion import RainFusion
+    from .profiles.timeripple import TimeRipple
     from .program import Program
     from .program_file import load
 
@@ -52,6 +53,7 @@ _HOME = {
     "Profile": "profiles.profile",
     "Program": "program",
     "RainFusion": "profiles.rainfusion",
+    "TimeRipple": "profiles.timeripple",
     "capture": "capture",
     "capture_causal_lm": "capture_causal_lm",
     "capture_denoiser": "capture_denoiser",
@@ -77,6 +79,7 @@ __all__ = [
     "Profile",
     "Program",
     "RainFusion",
+    "TimeRipple",
     "capture",
     "capture_causal_lm",
     "capture_denoiser",

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .errors import InvalidArgument, InvalidType
 from .html_report.png import png_address
+from .inputs import CallSignature
 from .patterns.steps import DEFAULT_TIMESTEPS, StepRange
+from .profiles.reuse_figures import ReuseByStep, channel_groups, reuse_figures, reuses
 from .program import Program, ProgramModule
 from .progress import Progress
 from .quality import compare
@@ -134,7 +136,8 @@ def compare_outputs(program: Program, recorded: Recorded, bar: Progress) -> None
     """Sample again with the rewritten program, and note how far each video is from the dense one.
 
     Args:
-        program: The rewritten program; `history.measured["video"]` gets PSNR and SSIM, one entry a sampler.
+        program: The rewritten program; `history.measured["video"]` gets PSNR and SSIM, one entry a sampler, and
+            `history.measured["reuse"]` what was reused in each step, where scores are.
         recorded: The samplers and what they returned for the canonical program.
         bar: Where progress is shown.
     """
@@ -142,14 +145,17 @@ def compare_outputs(program: Program, recorded: Recorded, bar: Progress) -> None
     if not pairs or not any(decision.status == "kept" for decision in program.decisions):
         return
     found, frames = [], []
+    counting = _ReuseCounter(program) if _reuses(program) else None
     with bar.stage("sampling to compare", len(pairs)), torch.no_grad():
         for sampler, reference in pairs:
-            output = sampler(program.as_module())
+            output = sampler(counting or program.as_module())
             if isinstance(output, Tensor) and output.shape == reference.shape:
                 found.append(compare(reference, output))
                 frames.append({"dense": _frames(reference), "rewritten": _frames(output)})
             bar.step()
     program.history.measured["video"] = found
+    if counting is not None:
+        program.history.measured["reuse"] = counting.by_step.summary()
     if frames and frames[0]["dense"]:
         program.history.measured["video_frames"] = frames
 
@@ -168,3 +174,25 @@ def _frames(video: Tensor) -> list[tuple[int, str]]:
 _MOST_FRAMES = 5
 _MOST_PIXELS = 192
 """Frames and pixels a side that are kept for the page."""
+
+
+def _reuses(program: Program) -> bool:
+    # With state the graph's own run would not do: it writes none.
+    return program.state_bytes() == 0 and any(reuses(phase.exported) for phase in program.phases.values())
+
+
+class _ReuseCounter(ProgramModule):
+    """Runs a program node by node and counts what it reuses."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program)
+        self.by_step = ReuseByStep()
+        self._groups = channel_groups(program.decisions)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        bound, phase, flat = self.program.dispatch(*args, **kwargs)
+        exported = self.program.phases[phase].exported
+        figures, outputs = reuse_figures(exported, flat, self._groups)
+        timestep = float(torch.as_tensor(bound[self.program.facts["timestep"]]).flatten()[0])
+        self.by_step.add(timestep, figures)
+        return CallSignature(exported, self.program.inputs).unflatten(outputs)

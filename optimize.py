@@ -27,9 +27,11 @@ from .prepare import Prepared, prepare, with_exact
 from .profiles.attention_figures import attention_figures
 from .profiles.budget import Budget
 from .profiles.calibration import calibration_inputs
+from .profiles.compose import compose
 from .profiles.measure import measure_sites
 from .profiles.method import Context, Method, method_named
 from .profiles.profile import Profile, data_hash, fingerprint, hardware, versions
+from .profiles.reuse_figures import channel_groups, reuse_figures, reuses
 from .program import Program
 from .progress import Progress
 from .report import Inspection
@@ -116,9 +118,8 @@ def optimize(
             prepared.exported, prepared.sites, inputs, captured.facts, prepared.steps, bar, trial, keep=keep
         )
         started = time.perf_counter()
-        decisions = [decision for method in chosen for decision in method.decide(context)]
+        decisions = compose([decision for method in chosen for decision in method.decide(context)])
         prepared.measured["decide_seconds"] = time.perf_counter() - started
-        _refuse_conflicts(decisions)
         prepared.shared.update(context.tensors)
         prepared = with_exact(prepared, decisions)
         result = Profile(
@@ -150,18 +151,21 @@ def optimize(
 
 
 def _measure_attention(program: Program, inputs: Mapping[str, list[list[Any]]], bar: Progress) -> None:
-    """Note what sparse attentions keep, on the first calibration input of each phase."""
+    """Note what attentions keep or reuse, on the first calibration input of each phase."""
     with bar.stage("recall of sparse attention", len(program.phases)):
         for name, phase in program.phases.items():
             found = attention_figures(phase.exported, inputs[name][0]) if inputs.get(name) else {}
+            if inputs.get(name) and reuses(phase.exported):
+                reused, _ = reuse_figures(phase.exported, inputs[name][0], channel_groups(program.decisions))
+                found = {site: found.get(site, {}) | reused.get(site, {}) for site in {*found, *reused}}
             for decision in program.decisions:
                 figures = found.get(decision.site)
                 if figures is None or decision.status != "kept":
                     continue
                 rows = figures.pop("row", None)
-                names = pass_named(decision.pass_name, decision.options).row_names()
-                if rows is not None and names:
-                    figures["type"] = [names[row] for row in rows]
+                if rows is not None:
+                    names = pass_named(decision.pass_name, decision.options).row_names()
+                    figures |= {"type": [names[row] for row in rows]} if names else {}
                 decision.figures |= figures
             bar.step()
 
@@ -222,19 +226,6 @@ def _replay(prepared: Prepared, profile: Profile, found: Any) -> Program:
             raise InvalidArgument(f"the profile decides about {decision.site}, which this program does not have")
     prepared.shared.update(profile.tensors)
     return build(with_exact(prepared, profile.decisions), profile, final=True)
-
-
-def _refuse_conflicts(decisions: Sequence[Decision]) -> None:
-    """Two methods may not rewrite one site: the second is refused with the pair named."""
-    owner: dict[str, str] = {}
-    for decision in decisions:
-        if decision.status != "proposed":
-            continue
-        first = owner.setdefault(decision.site, decision.method)
-        if first != decision.method:
-            raise InvalidArgument(
-                f"{first} and {decision.method} would both rewrite {decision.site}; choose one of them"
-            )
 
 
 def _check_arguments(methods: Any, profile: Any, budget: Any, target: str, mesh: Any, keep: str) -> None:

@@ -1,4 +1,4 @@
-"""The part of a report that is about sparse attention: density and recall by layer and head, and the sampled videos."""
+"""The part of a report that is about video attention: what is kept by layer and head, what is reused, the videos."""
 
 from __future__ import annotations
 
@@ -20,9 +20,13 @@ _MOST_HEADS = 6
 
 
 def attention_parts(program: Program) -> list[RenderableType]:
-    """What to print, nothing where no attention was made sparse."""
+    """What to print, nothing where no attention was made sparse or reuses scores."""
     kept = [d for d in program.decisions if d.status == "kept" and "recall" in d.figures]
     parts: list[RenderableType] = [_table(kept)] if kept else []
+    reusing = [d for d in program.decisions if d.status == "kept" and "saving" in d.figures]
+    parts += [_reuse_by_layer(reusing)] if reusing else []
+    reuse = program.history.measured.get("reuse")
+    parts += [_reuse_by_step(reuse)] if reuse else []
     videos = program.history.measured.get("video") or []
     for number, video in enumerate(videos):
         similar = f", SSIM {video['ssim']:.4f}" if "ssim" in video else ""
@@ -48,6 +52,37 @@ def _table(decisions: Sequence[Decision]) -> Table:
         table.add_row(*cells, *([_types(decision.figures)] if typed else []))
     if len(decisions) > _MOST_ROWS:
         table.add_row("", f"{len(decisions) - _MOST_ROWS} more: report.to_json() has all")
+    return table
+
+
+def _reuse_by_layer(decisions: Sequence[Decision]) -> Table:
+    names = list(dict.fromkeys(name for d in decisions for name in d.figures["saving_by_group"]))
+    table = Table(title="scores reused: share of their arithmetic that is saved, on calibration", title_justify="left")
+    table.add_column("phase")
+    table.add_column("attention", overflow="fold", min_width=20)
+    for column in ("all", *(f"{name} channels" for name in names), "queries reused", "keys reused"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for decision in decisions[:_MOST_ROWS]:
+        figures = decision.figures
+        values = [sum(figures["saving"]) / len(figures["saving"])]
+        values += [figures["saving_by_group"].get(name, 0.0) for name in names]
+        values += [figures["reused_queries"], figures["reused_keys"]]
+        table.add_row(decision.phase, decision.place.rsplit("/", 1)[0], *(f"{value:.3f}" for value in values))
+    if len(decisions) > _MOST_ROWS:
+        table.add_row("", f"{len(decisions) - _MOST_ROWS} more: report.to_json() has all")
+    return table
+
+
+def _reuse_by_step(reuse: dict[str, Any]) -> Table:
+    names = list(dict.fromkeys(name for step in reuse["steps"] for name in step["groups"]))
+    title = f"scores reused over the sampled videos: {reuse['saving']:.1%} of their arithmetic saved"
+    table = Table(title=title, title_justify="left")
+    for column in ("timestep", "all", *(f"{name} channels" for name in names), "least layer", "most"):
+        table.add_column(column, justify="right")
+    for step in reuse["steps"]:
+        layers = step["layers"].values()
+        values = [step["saving"], *(step["groups"].get(name, 0.0) for name in names), min(layers), max(layers)]
+        table.add_row(f"{step['timestep']:.4g}", *(f"{value:.3f}" for value in values))
     return table
 
 

@@ -33,7 +33,7 @@ several flags is followed, is this implementation's: so every value that is reus
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal, get_args
@@ -219,26 +219,54 @@ def _roots(
     axes: Sequence[int], window: int, granularity: str,
 ) -> Tensor:  # fmt: skip
     """Roots of the video tokens, counted from the first of them, int64 ``[B, H, T * Hh * W, D]``, or 1 for D."""
-    video, limit = x[:, :, first : first + math.prod(grid)].unflatten(2, grid), _limits(x, theta, groups, factors)
-    wide = 1 if granularity == "token" else x.shape[3]
+    limit, wide = _limits(x, theta, groups, factors), 1 if granularity == "token" else x.shape[3]
+    video = x[:, :, first : first + math.prod(grid)].unflatten(2, grid)
     back = torch.zeros((*video.shape[:-1], wide), dtype=torch.int64, device=x.device)
     for axis in sorted(axes, reverse=True):
-        dim, whole, stride = 2 + axis, grid[axis] // window * window, math.prod(grid[axis + 1 :])
-        if not whole:
-            continue
-        values, steps = (t.narrow(dim, 0, whole).unflatten(dim, (whole // window, window)) for t in (video, back))
-        values = values.float()
-        if window == 2:
-            delta = values.select(dim + 1, 1).sub(values.select(dim + 1, 0)).abs_().mul_(0.5)
-        else:
-            delta = values.var(dim + 1, correction=0).sqrt_()
-        flagged = (_shared(delta, groups, granularity) < limit)[..., :wide]
-        for k in range(1, window):
-            steps.select(dim + 1, k).masked_fill_(flagged, k * stride)
-    root = torch.arange(back[0, 0].numel() // wide, device=x.device)[:, None] - back.flatten(2, 4)
+        for steps, delta in _deltas(video, back, axis, window):
+            flagged = (_shared(delta, groups, granularity) < limit)[..., :wide]
+            for k in range(1, window):
+                steps.select(axis + 3, k).masked_fill_(flagged, k * math.prod(grid[axis + 1 :]))
+    root = torch.arange(math.prod(grid), device=x.device)[:, None] - back.flatten(2, 4)
     for _ in range(2):  # three steps at most, and each time they double
         root = root.gather(2, root)
     return root
+
+
+def critical_theta(
+    x: Tensor, groups: Sequence[int], factors: Sequence[float], *,
+    frames: int, height: int, width: int, first: int, axes: Sequence[int], window: int, granularity: str,
+) -> Tensor:  # fmt: skip
+    """The threshold above which each element is reused, infinity where it never is: what a calibrator counts.
+
+    Returns:
+        float32 ``[B, H, N, D]``, all tokens; arguments as in `snap_tokens`.
+    """
+    grid = (frames, height, width)
+    least = torch.full(x.shape, torch.inf, device=x.device)
+    factor = torch.tensor(factors, device=x.device).repeat_interleave(torch.tensor(groups, device=x.device))
+    video, into = (t[:, :, first : first + math.prod(grid)].unflatten(2, grid) for t in (x, least))
+    for axis in axes:
+        for part, delta in _deltas(video, into, axis, window):
+            needed = _shared(delta, groups, granularity) / factor
+            for k in range(1, window):
+                element = part.select(axis + 3, k)
+                element.copy_(torch.minimum(element, needed.nan_to_num(torch.inf, torch.inf)))
+    return least
+
+
+def _deltas(video: Tensor, other: Tensor, axis: int, window: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Whole windows of another tensor along an axis, their tokens in dimension axis + 3, and Delta without it."""
+    dim = axis + 2
+    whole = video.shape[dim] // window * window
+    if not whole:
+        return
+    values, part = (t.narrow(dim, 0, whole).unflatten(dim, (whole // window, window)) for t in (video, other))
+    values = values.float()
+    if window == 2:
+        yield part, values.select(dim + 1, 1).sub(values.select(dim + 1, 0)).abs_().mul_(0.5)
+    else:
+        yield part, values.var(dim + 1, correction=0).sqrt_()
 
 
 def _cuda(

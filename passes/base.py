@@ -10,6 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -75,6 +76,8 @@ class SitePass(_Registered, ABC, Generic[S]):
     changes_state: ClassVar[bool] = False
     """Whether it changes what the program keeps between calls, which all phases must agree on: a place is rewritten in
     every phase or in none, and for its memory even where it is slower."""
+    absorbs: ClassVar[Mapping[str, str]] = {}
+    """Passes that it can do as well, before its own work at the same site: name -> the field that takes its options."""
 
     @abstractmethod
     def guard(self, site: S, edit: Edit) -> str | None:

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import operator
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -28,6 +28,7 @@ from ..patterns.graph import Refusal, aten, dtype_of
 from ..patterns.video import VideoLayout, video_layout
 from .base import SitePass
 from .edit import Edit
+from .snap_operands import Snap
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,14 @@ class SparsifyAttention(SitePass[AttentionSite]):
     Attributes:
         grid: Frames, height and width in tokens; None for a dynamic number of frames.
         block_size: Tokens of a block, 64 or 128.
+        snap: Options of `Snap` where queries and keys are to be snapped first (TimeRipple); empty for none.
     """
+
+    absorbs: ClassVar[Mapping[str, str]] = {"reuse_scores": "snap"}
 
     grid: Sequence[int | None] = ()
     block_size: int = 64
+    snap: Mapping[str, Any] = field(default_factory=dict)
 
     def guard(self, site: AttentionSite, edit: Edit) -> str | None:
         """The layout must be proved again, the operator must take the site, and the subclass its options."""
@@ -64,6 +69,8 @@ class SparsifyAttention(SitePass[AttentionSite]):
         if isinstance(layout, Refusal):
             return str(layout)
         reason = self.refuse(site, layout)
+        if reason is None and self.snap:
+            reason = Snap(**self.snap).refuse(site, layout, edit)
         if reason is not None:
             return reason
         return sparse.CONTRACT.check(
@@ -79,6 +86,9 @@ class SparsifyAttention(SitePass[AttentionSite]):
         """Make the lists and call the operator."""
         layout = video_layout(edit.view, site, tuple(self.grid))
         assert not isinstance(layout, Refusal)
+        if self.snap:
+            query, key = Snap(**self.snap).operands(site, grid_sizes(site, layout, edit), edit)
+            site = replace(site, query=query, key=key)
         lists = self.lists(site, layout, edit)
         output = edit.call(
             torch.ops.graphwright.block_sparse_attention.default,
@@ -89,7 +99,7 @@ class SparsifyAttention(SitePass[AttentionSite]):
             lists.blocks,
             lists.pattern,
             lists.order,
-            None if layout.key_mask is None else _key_bias(layout.key_mask, site.node, edit),
+            None if layout.key_mask is None else key_bias(layout.key_mask, site.node, edit),
             key_blocks=lists.key_blocks,
             block_size=self.block_size,
             scale=site.scale,
@@ -173,8 +183,8 @@ def order_node(
     return edit.buffer(f"token_order.{name}", make)
 
 
-def _key_bias(mask: Node, like: Node, edit: Edit) -> Node:
-    """A key mask [B, 1, 1, M], bool or added to the scores, as a float32 bias [B, 1, M]."""
+def key_bias(mask: Node, like: Node, edit: Edit) -> Node:
+    """For operators: a key mask [B, 1, 1, M], bool or added to the scores, as a float32 bias [B, 1, M]."""
     if dtype_of(mask) is torch.bool:
         dropped = edit.call(aten.logical_not.default, mask, like=like)
         zeros = edit.call(aten.zeros_like.default, mask, dtype=torch.float32, like=like)

@@ -41,12 +41,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a method wants at one place: a pass with its options, and the share of the score map that it computes."""
+    """What a method wants at one place: a pass with its options, and the share of the score map that it computes.
+
+    `saved` is the share of the attention's multiply-adds that is left out in another way than by density.
+    """
 
     pass_name: str
     options: dict[str, Any]
     density: float | None
     figures: dict[str, Any] = field(default_factory=dict)
+    saved: float | None = None
 
 
 class VideoMethod(Method):
@@ -127,6 +131,9 @@ class VideoMethod(Method):
         else:
             reason, options, name, figures = proposal, {}, "", {}
         density = proposal.density if isinstance(proposal, Proposal) else None
+        saved = proposal.saved if isinstance(proposal, Proposal) else None
+        if density is not None:
+            saved = 1 - density
         return Decision(
             site=site.id,
             method=self.name,
@@ -136,7 +143,7 @@ class VideoMethod(Method):
             reason=reason or "",
             facts=facts | ({} if density is None else {"density": f"{density:.3f}"}),
             figures=figures,
-            predicted_gain=None if density is None else (1 - density) * _share(site, sites),
+            predicted_gain=None if saved is None else saved * _share(site, sites),
         )
 
 

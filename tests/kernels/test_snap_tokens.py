@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from graphwright.errors import InvalidArgument, MissingKernel
 from graphwright.kernels import snap_tokens as module
 from graphwright.kernels.contract import FLOATS, OPERATORS
-from graphwright.kernels.snap_tokens import reference, roots_reference, saved_share, snap_tokens, token_roots
+from graphwright.kernels.snap_tokens import (
+    critical_theta,
+    reference,
+    roots_reference,
+    saved_share,
+    snap_tokens,
+    token_roots,
+)
 
 GROUPS, FACTORS = [4, 5, 3], [1.0, 0.5, 2.0]
 
@@ -107,6 +114,20 @@ def test_what_is_reused_is_computed(window):
     for head in range(3):
         for channel in range(12):
             assert len(snapped[0, head, :, channel].unique()) == 216 - int(reused[0, head, channel])
+
+
+@pytest.mark.parametrize("granularity", ["element", "group", "token"])
+@pytest.mark.parametrize("window", [2, 4])
+def test_critical_thresholds_say_what_is_reused_at_any_threshold(granularity, window):
+    x, _, sizes = make_case()
+    factors = FACTORS if granularity != "token" else [1.0] * 3
+    options = {**sizes, "axes": [0, 2], "window": window, "granularity": granularity}
+    critical = critical_theta(x, GROUPS, factors, **options)
+    assert critical[:, :, :3].isinf().all()
+    for theta in (0.3, 0.7, 1.2):
+        _, reused = snap_tokens(x, torch.tensor([theta]), GROUPS, factors, **options)
+        # Delta divided by a factor, or the threshold multiplied by it: all factors are powers of two.
+        assert torch.equal((critical < theta).sum(2).int(), reused)
 
 
 def test_a_group_is_snapped_alone():
