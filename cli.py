@@ -27,13 +27,19 @@ Trust = Annotated[
 
 
 @app.command()
-def inspect(model: Model, as_json: AsJson = False, trust: Trust = False) -> None:
-    """List the sites of an exported program: attention, linears, caches, norms, and what nearly was one."""
+def inspect(
+    model: Model,
+    every: Annotated[bool, typer.Option("--every", help="Show layers that are alike one by one.")] = False,
+    as_json: AsJson = False,
+    trust: Trust = False,
+) -> None:
+    """Show the modules of a program with their sites: attention, linears, caches, norms, and what nearly was one."""
     from .capture import capture
     from .optimize import inspect as find
-    from .report import dump_json
+    from .printable import dump_json
 
     inspection = find(capture(model, trust=trust))
+    inspection.every = every
     print(dump_json(inspection)) if as_json else _console.print(inspection)
 
 
@@ -54,8 +60,8 @@ def optimize(
     """Rewrite an exported program and save the result."""
     from .capture import capture
     from .optimize import optimize as run
+    from .printable import dump_json
     from .profiles.budget import Budget
-    from .report import dump_json
 
     for path in (output, save_profile):
         _check_writable(path)
@@ -77,8 +83,8 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write the page with graphs and pictures here instead.")] = None,
 ) -> None:
     """Show what was done to a saved program, and why."""
+    from .printable import dump_json
     from .program_file import load
-    from .report import dump_json
 
     _check_writable(html)
     loaded = load(program)
@@ -92,12 +98,54 @@ def report(
 
 
 @app.command()
-def diff(program: Saved, phase: Annotated[str, typer.Option(help="Which phase; the first by default.")] = "") -> None:
-    """Show a phase's graph before and after the lossy rewrites."""
+def explain(
+    program: Saved,
+    site: Annotated[str, typer.Argument(help="A site id, as `report --json` lists them, or a module path.")],
+) -> None:
+    """Show the whole chain of one site: match, guard, decision, passes, figures, source line."""
+    from .program_file import load
+
+    print(load(program).explain(site))
+
+
+@app.command()
+def diff(
+    program: Saved,
+    other: Annotated[Path | None, typer.Argument(help="Another .gw file; without it, before and after.")] = None,
+    phase: Annotated[str, typer.Option(help="Which phase's graph; of one program the first by default.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show a phase's graph before and after the lossy rewrites, or how two programs differ."""
+    from .printable import dump_json
+    from .program_file import load
+    from .report_diff import ProgramDiff
+
+    loaded = load(program)
+    if other is None:
+        print(loaded.diff(phase or next(iter(loaded.phases))))
+        return
+    compared = ProgramDiff(loaded, load(other))
+    if phase:
+        print(compared.graph(phase))
+        return
+    print(dump_json(compared)) if as_json else _console.print(compared)
+
+
+@app.command()
+def graph(
+    program: Saved,
+    phase: Annotated[str, typer.Option(help="Which phase; the first by default.")] = "",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A .graphml, .dot, .txt or .pt2 file instead of the terminal.")
+    ] = None,
+) -> None:
+    """Print a phase's graph with shapes, or write it for another viewer such as netron."""
     from .program_file import load
 
     loaded = load(program)
-    print(loaded.diff(phase or next(iter(loaded.phases))))
+    name = phase or next(iter(loaded.phases))
+    _check_writable(output)
+    print(loaded.write_graph(name, output) if output is not None else loaded.graph(name))
 
 
 @app.command()
@@ -129,9 +177,8 @@ def demo(
 @app.command()
 def methods() -> None:
     """List the methods with their options."""
-    from rich.table import Table
-
     from .profiles.method import methods as known
+    from .tables import Table
 
     table = Table("method", "rewrites", "options", "reference")
     for name, kind in known().items():
@@ -143,9 +190,8 @@ def methods() -> None:
 @app.command()
 def presets() -> None:
     """List the published settings of well-known models; use one with `-m NAME`."""
-    from rich.table import Table
-
     from .profiles.presets import presets as known
+    from .tables import Table
 
     table = Table("preset", "model", "options", "published figures", "source", "run here")
     for name, preset in known().items():

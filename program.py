@@ -263,7 +263,7 @@ class Program:
         Raises:
             InvalidArgument: There is no such site; the message has the nearest ids.
         """
-        from .report import explain
+        from .report_explain import explain
 
         return explain(self, site)
 
@@ -273,7 +273,7 @@ class Program:
         Raises:
             InvalidArgument: There is no such phase.
         """
-        from .report import diff
+        from .report_diff import diff
 
         return diff(self, phase)
 
@@ -283,9 +283,30 @@ class Program:
         Raises:
             InvalidArgument: There is no such phase.
         """
-        from .report import to_networkx
+        from .graph_export import to_networkx
 
         return to_networkx(self, phase)
+
+    def graph(self, phase: str) -> str:
+        """The phase's graph as text: inputs and state, then a line a call with its shape, arguments and module.
+
+        Raises:
+            InvalidArgument: There is no such phase.
+        """
+        from .graph_export import phase_text
+
+        return phase_text(self, phase)
+
+    def write_graph(self, phase: str, path: str | Path) -> Path:
+        """Write a phase's graph for another viewer: `.graphml`, `.dot`, `.txt`, or `.pt2` for netron.
+
+        Raises:
+            InvalidArgument: There is no such phase or format.
+            InvalidFile: The path cannot be written.
+        """
+        from .graph_export import write_graph
+
+        return write_graph(self, phase, path)
 
     def html(self, path: str | Path) -> Path:
         """Write the program's page: graphs, passes, decisions and pictures in one file that needs no network.
@@ -361,6 +382,9 @@ class Program:
         from .program_file import save
 
         save(self, path)
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
 
     def __repr__(self) -> str:
         kept = sum(decision.status == "kept" for decision in self.decisions)

@@ -1,59 +1,39 @@
-"""What happened, for people and for scripts: tables of sites and decisions, explanations, graph text, diffs.
+"""What happened, for people and for scripts: tables of sites, decisions and passes.
 
 Everything here reads a `Program` or its sites; nothing changes them.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
-from rich.console import Console, Group, RenderableType
-from torch.fx import Node
+from rich.console import Group, RenderableType
 
-from .errors import InvalidArgument
 from .passes.decision import Decision
 from .patterns.find import Sites
-from .patterns.graph import GraphView, shape_of
-from .patterns.text import graph_line, graph_text, type_text
+from .printable import Printable
 from .report_attention import attention_parts
 from .report_cache import cache_parts
+from .report_sites import site_tree
 from .tables import Table
 
 if TYPE_CHECKING:
     from .program import Program
 
-_WIDTH = 118
 
-
-class _Printable:
-    """Prints as a rich table on a terminal and as plain text elsewhere."""
-
-    def __rich__(self) -> RenderableType:
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        console = Console(width=_WIDTH, no_color=True, highlight=False)
-        with console.capture() as captured:
-            console.print(self.__rich__())
-        return captured.get().rstrip()
-
-    __repr__ = __str__
-
-
-class Inspection(_Printable):
+class Inspection(Printable):
     """The sites of a program before anything is rewritten.
 
     Attributes:
         sites: Phase -> sites.
+        every: Print each of several layers that are alike; false by default.
     """
 
     def __init__(self, sites: Mapping[str, Sites]) -> None:
         self.sites = dict(sites)
+        self.every = False
 
     def to_json(self) -> dict[str, Any]:
         """Sites and refusals as plain data."""
@@ -76,7 +56,7 @@ class Inspection(_Printable):
     def __rich__(self) -> RenderableType:
         parts: list[RenderableType] = []
         for phase, sites in self.sites.items():
-            parts.append(_site_table(phase, sites))
+            parts.append(site_tree(phase, sites, every=self.every))
             for family, refusals in sites.refusals.items():
                 nearest = sites.nearest_miss(family)
                 if nearest is not None:
@@ -85,7 +65,7 @@ class Inspection(_Printable):
         return Group(*parts)
 
 
-class Report(_Printable):
+class Report(Printable):
     """What was found, tried, kept, refused and rolled back, and why."""
 
     def __init__(self, program: Program) -> None:
@@ -230,92 +210,6 @@ class Report(_Printable):
         return table
 
 
-def explain(program: Program, site_id: str) -> str:
-    """The whole chain for one site: facts, decision, figures, what stands in the graph now, source line."""
-    decisions = [d for d in program.decisions if d.site == site_id]
-    present = {s.id: s for sites in program.sites.values() for s in sites.all}
-    if not decisions and site_id not in present:
-        known = sorted({*present, *(d.site for d in program.decisions)})
-        near = difflib.get_close_matches(site_id, known, 3, 0.3)
-        raise InvalidArgument(f"no site {site_id!r}; near it: {', '.join(near) or 'none'}")
-    lines = [site_id]
-    if site_id in present:
-        site = present[site_id]
-        lines += [f"  {name}: {value}" for name, value in site.describe().items()]
-        lines += [f"  source: {site.source}"] if site.source else []
-    for decision in decisions:
-        options = ", ".join(f"{name}={_short(value)}" for name, value in decision.options.items())
-        lines.append(f"  {decision.method} decided {decision.pass_name}" + (f" with {options}" if options else ""))
-        if site_id not in present:
-            lines += [f"    {name}: {value}" for name, value in decision.facts.items()]
-        lines.append(f"    status: {decision.status}" + (f", {decision.reason}" if decision.reason else ""))
-        for name, form in (
-            ("predicted_gain", "{:.2%} of the phase's arithmetic"),
-            ("measured_gain", "{:.2f}x at the site"),
-            ("local_error", "{:.3%} at the site's output"),
-            ("output_error", "{:.3%} at the program's output, this site alone"),
-        ):
-            value = getattr(decision, name)
-            if value is not None:
-                lines.append(f"    {name.replace('_', ' ')}: {form.format(value)}")
-        lines += [f"    {name}: {_short(value)}" for name, value in decision.figures.items()]
-    nodes = _nodes_of(program, site_id)
-    lines += [f"  now in the graph: {graph_line(view, node)}" for view, node in nodes]
-    if not decisions:
-        lines.append("  no method decided about it")
-    return "\n".join(lines)
-
-
-def diff(program: Program, phase: str) -> str:
-    """Unified diff of the phase's graph text before and after the lossy rewrites."""
-    _check_phase(program, phase)
-    before = program.history.before.get(phase, [])
-    after = graph_text(program.phases[phase].exported)
-    return "\n".join(
-        difflib.unified_diff(before, after, f"{phase} (canonical)", f"{phase} (optimized)", lineterm="", n=1)
-    )
-
-
-def to_networkx(program: Program, phase: str) -> nx.DiGraph:
-    """The phase's graph; node attributes are plain strings, so GraphML export works."""
-    _check_phase(program, phase)
-    exported = program.phases[phase].exported
-    view = GraphView(exported)
-    graph = nx.DiGraph(phase=phase)
-    for node in exported.graph.nodes:
-        provenance = node.meta.get("graphwright", {})
-        graph.add_node(
-            node.name,
-            op=node.op,
-            target=view.target(node) or str(node.target),
-            type=type_text(node),
-            module=view.module_path(node),
-            source=view.source(node),
-            **{f"made_by_{key}": str(value) for key, value in provenance.items()},
-        )
-        for argument in node.all_input_nodes:
-            graph.add_edge(argument.name, node.name)
-    return graph
-
-
-def dump_json(value: _Printable) -> str:
-    """A report or inspection as JSON text."""
-    return json.dumps(value.to_json(), indent=1, default=str)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _site_table(phase: str, sites: Sites) -> Table:
-    table = Table(
-        title=f"{phase}: {', '.join(f'{n} {k}' for k, n in _counts(sites).items() if n)}", title_justify="left"
-    )
-    table.add_column("site", overflow="fold")
-    table.add_column("facts", overflow="fold")
-    table.add_column("source", overflow="ellipsis", no_wrap=True, max_width=36)
-    for site in sites.all:
-        facts = ", ".join(f"{name} {value}" for name, value in site.describe().items())
-        table.add_row(site.id.split("/", 1)[1], facts, site.source)
-    return table
-
-
 def _counts(sites: Sites) -> dict[str, int]:
     return {
         "attention": len(sites.attention),
@@ -332,28 +226,3 @@ def _span(values: Iterable[float | None], form: str) -> str:
         return "-"
     low, high = form.format(known[0]), form.format(known[-1])
     return low if low == high else f"{low} to {high}"
-
-
-def _nodes_of(program: Program, site_id: str) -> list[tuple[GraphView, Node]]:
-    found = []
-    for phase in program.phases.values():
-        view = GraphView(phase.exported)
-        found += [
-            (view, node)
-            for node in phase.exported.graph.nodes
-            if node.meta.get("graphwright", {}).get("site") == site_id and shape_of(node)
-        ]
-    return found
-
-
-def _short(value: Any) -> str:
-    """A value for one line: long lists by their length and range."""
-    if isinstance(value, list | tuple) and len(value) > 8:
-        numbers = all(isinstance(item, int | float) for item in value)
-        return f"{len(value)} values" + (f" from {min(value)} to {max(value)}" if numbers else "")
-    return repr(value)
-
-
-def _check_phase(program: Program, phase: str) -> None:
-    if phase not in program.phases:
-        raise InvalidArgument(f"no phase {phase!r}; there are {', '.join(program.phases)}")

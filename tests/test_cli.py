@@ -56,10 +56,17 @@ RIGHT = {
     "report as json": ("report", "mlp.gw", "--json"),
     "report of a site": ("report", "mlp.gw", "--site", FC1),
     "diff": ("diff", "mlp.gw"),
+    "explain": ("explain", "mlp.gw", FC1),
+    "page": ("report", "mlp.gw", "--html", "page.html"),
+    "graph": ("graph", "mlp.gw"),
+    "graph for Graphviz": ("graph", "mlp.gw", "-o", "mlp.dot"),
     "methods": ("methods",),
     "help": ("--help",),
     "options": ("optimize", "mlp.pt2", "-m", HEAD, "--keep", "smaller", "--json", "--save-profile", "p", "-o", "a.gw"),
     "profile": ("optimize", "mlp.pt2", "--profile", "p", "--json", "-o", "b.gw"),
+    "diff of two": ("diff", "mlp.gw", "a.gw"),
+    "diff of two as json": ("diff", "mlp.gw", "a.gw", "--json"),
+    "diff of two graphs": ("diff", "mlp.gw", "a.gw", "--phase", "main"),
 }
 
 
@@ -74,7 +81,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def printed(folder) -> dict[str, str]:
     """What each command of `RIGHT` printed."""
-    files = ("mlp.pt2", "mlp.gw", "a.gw", "b.gw", "p")
+    files = ("mlp.pt2", "mlp.gw", "a.gw", "b.gw", "p", "page.html", "mlp.dot")
     commands = {
         name: [str(folder / part) if part in files else part for part in parts] for name, parts in RIGHT.items()
     }
@@ -115,10 +122,39 @@ def test_diff(printed) -> None:
     assert any(line.startswith("+") and "graphwright.int8_linear" in line for line in printed["diff"].splitlines())
 
 
+def test_diff_of_two_programs(printed) -> None:
+    assert "2 decisions differ" in printed["diff of two"]
+    data = json.loads(printed["diff of two as json"])
+    assert [row[0] for row in data["decisions"]] == [FC1, "main/fc2/linear[0]"]
+    assert data["operators"]["main"] == []
+    changed = [line for line in printed["diff of two graphs"].splitlines() if line.startswith(("+", "-"))]
+    assert any(line.startswith("+") and "int8_linear" in line and "fc2" in line for line in changed)
+
+
+def test_explain_has_the_whole_chain(printed) -> None:
+    text = printed["explain"]
+    for expected in (
+        "role: up",
+        "int8 decided",
+        "guard of quantize_linear",
+        "pass quantize_linear",
+        "now in the graph",
+    ):
+        assert expected in text
+    assert text == printed["report of a site"]
+
+
+def test_the_page_and_graphs_are_written(folder, printed) -> None:
+    assert printed["page"].strip() == str(folder / "page.html")
+    assert (folder / "page.html").read_text().startswith("<!doctype html>")
+    assert "graphwright.int8_linear" in printed["graph"]
+    assert (folder / "mlp.dot").read_text().startswith("digraph {")
+
+
 def test_methods_and_help_name_what_there_is(printed) -> None:
     assert "int8" in printed["methods"]
     assert "roles" in printed["methods"]
-    for command in ("inspect", "optimize", "report", "diff", "methods", "bench", "demo"):
+    for command in ("inspect", "optimize", "report", "explain", "graph", "diff", "methods", "bench", "demo"):
         assert command in printed["help"]
 
 
@@ -175,6 +211,18 @@ WRONG = {
         "--max-error",
     ),
     "unknown site": (("report", "{folder}/mlp.gw", "--site", "main/fc3/linear[0]"), "near it"),
+    "unknown site to explain": (("explain", "{folder}/mlp.gw", "main/fc3/linear[0]"), "near it"),
+    "page in a folder that is missing": (
+        ("report", "{folder}/mlp.gw", "--html", "{tmp}/no/page.html"),
+        "there is no folder",
+    ),
+    "unknown graph format": (("graph", "{folder}/mlp.gw", "-o", "{tmp}/mlp.svg"), "no graph format '.svg'"),
+    "graph of an unknown phase": (("graph", "{folder}/mlp.gw", "--phase", "encode"), "no phase 'encode'"),
+    "diff with a foreign program": (("diff", "{folder}/mlp.gw", "{tmp}/foreign"), "foreign"),
+    "diff with an unknown phase": (
+        ("diff", "{folder}/mlp.gw", "{folder}/a.gw", "--phase", "encode"),
+        "no phase 'encode'",
+    ),
     "unknown phase": (("diff", "{folder}/mlp.gw", "--phase", "encode"), "no phase 'encode'"),
     "unknown table": (("bench", "moon"), "unknown table 'moon'; there are spine, video"),
 }

@@ -19,6 +19,7 @@ import graphwright as gw
 from graphwright import cli
 from graphwright.benchmarks.timing import one_thread
 from graphwright.examples import load_smollm2
+from graphwright.html_report import picture
 from graphwright.passes import base
 from graphwright.profiles import method
 
@@ -53,6 +54,7 @@ def page_module(monkeypatch, tmp_path) -> ModuleType:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(method, "METHODS", dict(method.METHODS))
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    monkeypatch.setattr(picture, "PICTURES", list(picture.PICTURES))
     two_layers = functools.partial(load_smollm2.load_smollm2, layers=2)
     monkeypatch.setattr(load_smollm2, "load_smollm2", two_layers)
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ from torch.fx import Node
 from graphwright.errors import VerificationError
 from graphwright.passes.dialects import run_functional
 from graphwright.passes.edit import Edit, copy_exported
-from graphwright.report import graph_text
+from graphwright.patterns.text import graph_text
 from tests.graph_text import functional, operators
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from graphwright.patterns.find import find_sites
 from graphwright.patterns.graph import GraphView
 from graphwright.profiles.budget import fewest_rollbacks, gains, places_by_harm
 from graphwright.profiles.measure import measure_sites, output_errors, relative_error
-from graphwright.report import graph_text
+from graphwright.patterns.text import graph_text
 from tests.graph_text import functional
 
 
