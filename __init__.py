@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bisection import bisect
     from .capture import Captured, capture
     from .capture_causal_lm import capture_causal_lm
     from .capture_denoiser import capture_denoiser
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .optimize import inspect, optimize, search
     from .passes.decision import Decision
     from .phases import Phase
+    from .profiles.amber import AmberPruner
     from .profiles.budget import Budget
     from .profiles.compact_attention import CompactAttention
     from .profiles.dartquant import DartQuant
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AmberPruner": "profiles.amber",
     "Budget": "profiles.budget",
     "Captured": "capture",
     "CompactAttention": "profiles.compact_attention",
@@ -54,6 +57,7 @@ _HOME = {
     "Program": "program",
     "RainFusion": "profiles.rainfusion",
     "TimeRipple": "profiles.timeripple",
+    "bisect": "bisection",
     "capture": "capture",
     "capture_causal_lm": "capture_causal_lm",
     "capture_denoiser": "capture_denoiser",
@@ -66,6 +70,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AmberPruner",
     "Budget",
     "Captured",
     "CompactAttention",
@@ -80,6 +85,7 @@ __all__ = [
     "Program",
     "RainFusion",
     "TimeRipple",
+    "bisect",
     "capture",
     "capture_causal_lm",
     "capture_denoiser",

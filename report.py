@@ -17,6 +17,7 @@ from .printable import Printable
 from .report_attention import attention_parts
 from .report_cache import cache_parts
 from .report_sites import site_tree
+from .report_sparsity import sparsity_parts
 from .tables import Table
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class Report(Printable):
         if self.program.decisions:
             parts += [self._decisions(), *self._left_out(), *attention_parts(self.program)]
             parts += cache_parts(self.program)
+            parts += sparsity_parts(self.program)
             frontier = self.program.profile.measured.get("frontier")
             if frontier:
                 parts.append(self._frontier(frontier))

@@ -1,0 +1,200 @@
+"""Sparse linears on SmolLM2: quality and cost of Amber Pruner, Outstanding-sparse and LoSA against their baselines.
+
+    python -m graphwright.benchmarks.sparse_linears amber frontier outstanding weights operator --windows 4
+
+One part a run, each prints its lines as it goes: perplexity of whole windows (every position sparse, as it is scored),
+and of the second half of each window behind a sparse prompt (the continuation is dense).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import graphwright as gw
+from graphwright.benchmarks.timing import interleaved, one_thread
+from graphwright.build import build
+from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
+from graphwright.examples.perplexity import perplexity, read_text, token_windows
+from graphwright.kernels.nm_sparsify import nm_sparsify
+from graphwright.patterns.linear import LinearSite
+from graphwright.prepare import Prepared, prepare, with_exact
+from graphwright.profiles.amber import AmberPruner
+from graphwright.profiles.method import Context
+from graphwright.profiles.profile import fingerprint
+
+SEVEN = ("q", "k", "v", "o", "gate", "up", "down")
+WINDOW = 512
+
+
+class RandomSkipping(AmberPruner):
+    """Layers skipped by lot, as many as sensitivity would."""
+
+    seed: ClassVar[int] = 0
+
+    def _skipped(
+        self,
+        sites: Sequence[LinearSite],
+        layers: Mapping[str, int],
+        reasons: Mapping[str, str],
+        errors: Mapping[str, float],
+    ) -> tuple[int, ...]:
+        count = len(super()._skipped(sites, layers, reasons, errors))
+        generator = torch.Generator().manual_seed(self.seed)
+        return tuple(torch.randperm(max(layers.values()), generator=generator)[:count].tolist())
+
+
+class Setting:
+    """The captured model, its canonical phases, and texts.
+
+    Attributes:
+        prepared: Canonical phases.
+        texts, evaluation: Windows of tokens [n, 512].
+    """
+
+    def __init__(self, layers: int | None, texts: int, windows: int) -> None:
+        self.prepared = prepare(gw.capture_causal_lm(load_smollm2(layers=layers), WINDOW))
+        tokenizer = load_tokenizer()
+        self.texts = token_windows(tokenizer, read_text("calibration"), WINDOW, texts)
+        self.evaluation = token_windows(tokenizer, read_text("evaluation"), WINDOW, windows)
+
+    def decide(self, method: gw.Method) -> tuple[gw.Program, dict[str, Any]]:
+        """A program under a method, without measuring sites."""
+        calls = [[text[None].contiguous(), torch.arange(WINDOW)] for text in self.texts]
+        prepared = self.prepared
+        context = Context(prepared.exported, prepared.sites, {"prefill": calls}, prepared.captured.facts)
+        decisions = method.decide(context)
+        return self.program(decisions, context.tensors), context.measured.get(method.name, {})
+
+    def program(self, decisions: list[gw.Decision], tensors: Mapping[str, Tensor] | None = None) -> gw.Program:
+        """A program of decisions."""
+        prepared: Prepared = replace(self.prepared, shared={**self.prepared.shared, **(tensors or {})})
+        changed = with_exact(prepared, decisions)
+        made = build(changed, gw.Profile(fingerprint=fingerprint(self.prepared.exported), decisions=decisions))
+        failed = [d for d in made.decisions if d.status == "failed"]
+        assert not failed, failed[0]
+        return made
+
+    def line(self, name: str, program: gw.Program, about: str = "") -> tuple[float, float]:
+        """Print both perplexities of a program."""
+        whole, rest = perplexity(whole_logits(program), self.evaluation), continuation(program, self.evaluation)
+        print(f"{name} | whole window {whole:.3f} | continuation {rest:.3f} | {about}", flush=True)
+        return whole, rest
+
+
+def whole_logits(program: gw.Program) -> Callable[[Tensor], Tensor]:
+    def logits(tokens: Tensor) -> Tensor:
+        program.reset()
+        return program(tokens, torch.arange(tokens.shape[1]))
+
+    return logits
+
+
+def continuation(program: gw.Program, windows: Tensor) -> float:
+    """Perplexity of the second half of each window: the first half is prefilled, the rest extends its cache."""
+    half = windows.shape[1] // 2
+    total = 0.0
+    for window in windows:
+        program.reset()
+        first = program(window[None, :half], torch.arange(half))[0, -1:]
+        rest = program(window[None, half:], torch.arange(half, len(window)))[0, :-1]
+        total += float(functional.cross_entropy(torch.cat([first, rest]).float(), window[half:], reduction="sum"))
+    return math.exp(total / (len(windows) * (windows.shape[1] - half)))
+
+
+def amber(setting: Setting) -> None:
+    """Patterns, scorings, policies."""
+    setting.line("amber | dense", setting.program([]))
+    everywhere = {"always": SEVEN, "selectively": (), "scoring": "none"}
+    methods: dict[str, AmberPruner] = {
+        "8:16": AmberPruner(),
+        "4:8": AmberPruner(pattern=(4, 8)),
+        "2:4": AmberPruner(pattern=(2, 4)),
+        "16:32": AmberPruner(pattern=(16, 32)),
+        "8:16, skipped by the program's output": AmberPruner(sensitivity="output"),
+        "8:16, naive on all seven": AmberPruner(**everywhere),
+        "2:4, naive on all seven": AmberPruner(pattern=(2, 4), **everywhere),
+        "8:16, nothing skipped": AmberPruner(coverage=1.0),
+        "8:16, robust_all": AmberPruner(scoring="robust_all"),
+        "8:16, norm": AmberPruner(scoring="norm"),
+        "8:16, none": AmberPruner(scoring="none"),
+    }
+    for name, method in methods.items():
+        program, record = setting.decide(method)
+        setting.line(f"amber | {name}", program, f"coverage {record['coverage']:.3f} | skip {record['skipped_layers']}")
+
+
+def skipping(setting: Setting) -> None:
+    """Sensitivity against five lots, at coverage 0.45, where more than a few layers are skipped."""
+    for share in (0.55, 0.45):
+        for kind in ("site", "output"):
+            program, record = setting.decide(AmberPruner(coverage=share, sensitivity=kind))
+            setting.line(f"skipping | {share} | by {kind}", program, f"skip {record['skipped_layers']}")
+        for seed in range(5):
+            RandomSkipping.seed = seed
+            program, record = setting.decide(RandomSkipping(coverage=share))
+            setting.line(f"skipping | {share} | lot {seed}", program, f"skip {record['skipped_layers']}")
+
+
+def frontier(setting: Setting) -> None:
+    """Coverage against perplexity, by sites' errors and by the program's output, and of down projections alone."""
+    for pattern in ((8, 16), (2, 4)):
+        for share in (0.25, 0.35, 0.45, 0.5, 0.55, 1.0):
+            program, record = setting.decide(AmberPruner(pattern=pattern, coverage=share, sensitivity="output"))
+            about = f"coverage {record['coverage']:.3f} | {len(record['skipped_layers'])} layers skipped"
+            setting.line(f"frontier | {pattern[0]}:{pattern[1]} | {share}", program, about)
+
+
+def operator(setting: Setting) -> None:
+    """The selection beside the linear that it feeds, 512 tokens."""
+    for k, n in ((576, 576), (576, 1536), (1536, 576)):
+        x, weight, factors = torch.randn(1, WINDOW, k), torch.randn(n, k), torch.rand(k) + 1
+        for pattern in ((2, 4), (4, 8), (8, 16), (16, 32)):
+            best = interleaved(
+                {
+                    "linear": lambda x=x, weight=weight: functional.linear(x, weight),
+                    "select": lambda x=x, f=factors, p=pattern: nm_sparsify(x, f, *p),
+                },
+                rounds=40,
+            )
+            share = best["select"] / best["linear"]
+            print(
+                f"operator | {k} -> {n} | {pattern[0]}:{pattern[1]} | {best['select'] * 1e6:.0f} us of "
+                f"{best['linear'] * 1e6:.0f} us: {share:.3f}",
+                flush=True,
+            )
+
+
+PARTS: dict[str, Callable[[Setting], None]] = {
+    "amber": amber,
+    "skipping": skipping,
+    "frontier": frontier,
+    "operator": operator,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--windows", type=int, default=4, help="windows of 512 tokens for the perplexity")
+    parser.add_argument("--texts", type=int, default=4, help="windows of 512 tokens for calibration")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    with one_thread():
+        setting = Setting(options.layers, options.texts, options.windows)
+        for part in options.parts:
+            PARTS[part](setting)
+    print(f"{time.perf_counter() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
