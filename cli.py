@@ -132,6 +132,26 @@ def diff(
 
 
 @app.command()
+def bisect(
+    program: Saved,
+    against: Annotated[Path, typer.Option(help="The model: a .pt2 file, or a .gw file made without methods.")],
+    tolerance: Annotated[float, typer.Option(help="Largest relative L2 error of the outputs.")],
+    as_json: AsJson = False,
+    trust: Trust = False,
+) -> None:
+    """Find the first pass or site that breaks a program's numbers. Status 1 if there is one."""
+    from .bisection import bisect as run
+    from .printable import dump_json
+    from .program_file import load
+
+    loaded = load(program)
+    found = run(loaded, load(against) if against.suffix == ".gw" else against, tolerance=tolerance, trust=trust)
+    print(dump_json(found)) if as_json else _console.print(found)
+    if found.kind != "none":
+        raise typer.Exit(1)
+
+
+@app.command()
 def graph(
     program: Saved,
     phase: Annotated[str, typer.Option(help="Which phase; the first by default.")] = "",
@@ -250,7 +270,9 @@ def _check_writable(path: Path | None) -> None:
 def main() -> None:
     """Entry point of the `graphwright` command."""
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
+        if isinstance(status, int):  # what a command exits with is returned in this mode, not raised
+            sys.exit(status)
     except GraphwrightError as error:
         print(f"graphwright: {error}", file=sys.stderr)
         sys.exit(2)

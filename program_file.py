@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,8 @@ def load(path: str | Path) -> Program:
         document, stored = contents.documents["program"], contents.documents["history"]
         plans = [PhasePlan.model_validate(plan) for plan in document["plans"]]
         phases = [Phase(plan, contents.phases[plan.name]) for plan in plans]
+        for phase in phases:
+            _restore_examples(phase, contents.tensors)
         history = History(
             [_record(values) for values in stored["passes"]], stored["refusals"], stored["before"], stored["measured"]
         )
@@ -88,6 +91,16 @@ def load(path: str | Path) -> Program:
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise InvalidFile(f"{path}: not a graphwright program: {type(error).__name__}: {error}") from error
     return Program(phases, inputs, kind, facts, profile, history)
+
+
+def _restore_examples(phase: Phase, tensors: Mapping[str, Tensor]) -> None:
+    """Give a phase its example inputs back, where all of them are tensors: others are not in the file."""
+    spec = phase.exported.call_spec.in_spec
+    if spec is None:
+        return
+    names = [f"example.{phase.name}.{position}" for position in range(spec.num_leaves)]
+    if names and all(name in tensors for name in names):
+        phase.exported.example_inputs = pytree.tree_unflatten([tensors[name] for name in names], spec)
 
 
 def _plain(record: PassRecord) -> dict[str, Any]:

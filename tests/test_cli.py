@@ -64,6 +64,7 @@ RIGHT = {
     "help": ("--help",),
     "options": ("optimize", "mlp.pt2", "-m", HEAD, "--keep", "smaller", "--json", "--save-profile", "p", "-o", "a.gw"),
     "profile": ("optimize", "mlp.pt2", "--profile", "p", "--json", "-o", "b.gw"),
+    "bisect": ("bisect", "mlp.gw", "--against", "mlp.pt2", "--tolerance", "0.5"),
     "diff of two": ("diff", "mlp.gw", "a.gw"),
     "diff of two as json": ("diff", "mlp.gw", "a.gw", "--json"),
     "diff of two graphs": ("diff", "mlp.gw", "a.gw", "--phase", "main"),
@@ -144,6 +145,14 @@ def test_explain_has_the_whole_chain(printed) -> None:
     assert text == printed["report of a site"]
 
 
+def test_bisect(folder, printed) -> None:
+    assert "holds the tolerance" in printed["bisect"]
+    arguments = ("bisect", folder / "mlp.gw", "--against", folder / "mlp.pt2", "--tolerance", "1e-7", "--json")
+    result = run(*arguments)
+    assert result.returncode == 1, result.stderr
+    assert json.loads(result.stdout)["culprit"] == "fc1/linear[0]"
+
+
 def test_the_page_and_graphs_are_written(folder, printed) -> None:
     assert printed["page"].strip() == str(folder / "page.html")
     assert (folder / "page.html").read_text().startswith("<!doctype html>")
@@ -216,6 +225,11 @@ WRONG = {
         ("report", "{folder}/mlp.gw", "--html", "{tmp}/no/page.html"),
         "there is no folder",
     ),
+    "tolerance of nothing": (
+        ("bisect", "{folder}/mlp.gw", "--against", "{folder}/mlp.pt2", "--tolerance", "0"),
+        "positive",
+    ),
+    "bisect without a model": (("bisect", "{folder}/mlp.gw", "--tolerance", "1"), "--against"),
     "unknown graph format": (("graph", "{folder}/mlp.gw", "-o", "{tmp}/mlp.svg"), "no graph format '.svg'"),
     "graph of an unknown phase": (("graph", "{folder}/mlp.gw", "--phase", "encode"), "no phase 'encode'"),
     "diff with a foreign program": (("diff", "{folder}/mlp.gw", "{tmp}/foreign"), "foreign"),
