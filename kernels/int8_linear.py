@@ -264,14 +264,23 @@ def choose_config(m: int, n: int, k: int) -> Config:
 def launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """Run the two Triton kernels, arguments unchecked, on x's device (the CPU under TRITON_INTERPRET=1)."""
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    weight, scale = weight.contiguous(), scale.contiguous()
-    (m, k), n = tokens.shape, len(weight)
-    y = x.new_empty(m, n)
+    m, k = tokens.shape
+    quantized = torch.empty_like(tokens, dtype=torch.int8)
+    token_scale = torch.empty(m, dtype=torch.float32, device=x.device)
     if m > 0:
-        quantized = torch.empty_like(tokens, dtype=torch.int8)
-        token_scale = torch.empty(m, dtype=torch.float32, device=x.device)
         block = min(triton.next_power_of_2(k), 4096)
         _quantize_kernel[(m,)](tokens, quantized, token_scale, k, BLOCK_K=block, ONE_BLOCK=k <= block)
+    return launch_product(quantized, token_scale, weight, scale, bias, x.dtype).view(*x.shape[:-1], len(weight))
+
+
+def launch_product(
+    quantized: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Multiply tokens int8 ``[T, K]`` of steps ``[T]`` by a weight, to ``[T, N]`` in ``dtype``; arguments unchecked."""
+    weight, scale = weight.contiguous(), scale.contiguous()
+    (m, k), n = quantized.shape, len(weight)
+    y = torch.empty(m, n, dtype=dtype, device=quantized.device)
+    if m > 0:
         config = choose_config(m, n, k)
         _gemm_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
             quantized, token_scale, weight, scale, scale if bias is None else bias.contiguous(), y, m, n, k,
@@ -279,7 +288,7 @@ def launch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None)
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-    return y.view(*x.shape[:-1], n)
+    return y
 
 
 @cache
