@@ -187,11 +187,12 @@ def bench(
 def demo(
     layers: Annotated[int | None, typer.Option(help="Use only this many layers of the model.")] = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens for the perplexity.")] = 4,
+    page: Annotated[Path, typer.Option(help="Where to write the page; its folder is made.")] = Path("out/demo.html"),
 ) -> None:
-    """Optimize SmolLM2-135M with Int8: report, text, perplexity, bytes and tokens per second before and after."""
+    """Optimize SmolLM2-135M with Int8: report, text, figures before and after, and the page of the result."""
     from .examples.demo import run_demo
 
-    run_demo(_console, layers=layers, windows=windows)
+    run_demo(_console, layers=layers, windows=windows, page=page)
 
 
 @app.command()

@@ -197,7 +197,8 @@ class Report(Printable):
     def _passes(self) -> Table:
         table = Table(title="passes", title_justify="left")
         for column in ("phase", "pass", "rewrites", "nodes", "time", "check", "largest difference"):
-            table.add_column(column, justify="left" if column in ("phase", "pass") else "right")
+            whole = column in ("nodes", "time", "check")
+            table.add_column(column, justify="left" if column in ("phase", "pass") else "right", no_wrap=whole)
         for record in self.program.history.passes:
             if record.changed:
                 table.add_row(

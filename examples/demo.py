@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +21,20 @@ QUESTION = "Explain in two sentences why the sky is blue."
 ANSWER_TOKENS = 40
 
 
-def run_demo(console: Console, *, layers: int | None = None, windows: int = 4) -> None:
+def run_demo(console: Console, *, layers: int | None = None, windows: int = 4, page: Path | None = None) -> None:
     """Optimize, report, generate, measure; on one thread, so that a busy neighbour does not decide the figures.
 
     Args:
         console: Where to print.
         layers: Use only this many layers of the model.
         windows: Windows of 512 tokens for the perplexity.
+        page: Where to write the page of the result; its folder is made.
     """
     with one_thread():
-        _demo(console, layers, windows)
+        _demo(console, layers, windows, page)
 
 
-def _demo(console: Console, layers: int | None, windows: int) -> None:
+def _demo(console: Console, layers: int | None, windows: int, page: Path | None) -> None:
     started = time.perf_counter()
     console.rule("SmolLM2-135M-Instruct, dynamic int8")
     with console.status("loading the model"):
@@ -53,12 +55,17 @@ def _demo(console: Console, layers: int | None, windows: int) -> None:
     rows = _measure(console, before, after, prompt, evaluation)
     for name, low, high, note in rows:
         table.add_row(name, low, high, note)
+        if name != "weights":  # the page has these of its own
+            after.note(name, low, high, note)
     console.print(table)
     for name, program in (("before", before), ("after", after)):
         tokens = program.generate(prompt, ANSWER_TOKENS, eos_token_id=tokenizer.eos_token_id)
         text = tokenizer.decode(tokens[0, prompt.shape[1] :], skip_special_tokens=True)
         console.print(f"[bold]{name}[/bold]: {QUESTION} {text.strip()}")
     console.print(f"{time.perf_counter() - started:.0f} s in all")
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        console.print(f"The page with graphs, decisions and pictures: {after.html(page).resolve()}", soft_wrap=True)
 
 
 def _prompt(tokenizer: Any) -> Tensor:
