@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from .passes.decision import Decision
     from .phases import Phase
     from .profiles.amber import AmberPruner
+    from .profiles.astraea import Astraea
     from .profiles.budget import Budget
     from .profiles.compact_attention import CompactAttention
     from .profiles.dartquant import DartQuant
     from .profiles.int8 import Int8
     from .profiles.kvtuner import KVTuner
     from .profiles.method import Method, methods
+    from .profiles.outstanding import OutstandingSparse
     from .profiles.presets import preset
     from .profiles.profile import Profile
     from .profiles.rainfusion import RainFusion
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AmberPruner": "profiles.amber",
+    "Astraea": "profiles.astraea",
     "Budget": "profiles.budget",
     "Captured": "capture",
     "CompactAttention": "profiles.compact_attention",
@@ -52,6 +55,7 @@ _HOME = {
     "Int8": "profiles.int8",
     "KVTuner": "profiles.kvtuner",
     "Method": "profiles.method",
+    "OutstandingSparse": "profiles.outstanding",
     "Phase": "phases",
     "Profile": "profiles.profile",
     "Program": "program",
@@ -71,6 +75,7 @@ _HOME = {
 
 __all__ = [
     "AmberPruner",
+    "Astraea",
     "Budget",
     "Captured",
     "CompactAttention",
@@ -80,6 +85,7 @@ __all__ = [
     "Int8",
     "KVTuner",
     "Method",
+    "OutstandingSparse",
     "Phase",
     "Profile",
     "Program",

@@ -29,6 +29,7 @@ from graphwright.patterns.linear import LinearSite
 from graphwright.prepare import Prepared, prepare, with_exact
 from graphwright.profiles.amber import AmberPruner
 from graphwright.profiles.method import Context
+from graphwright.profiles.outstanding import OutstandingSparse
 from graphwright.profiles.profile import fingerprint
 
 SEVEN = ("q", "k", "v", "o", "gate", "up", "down")
@@ -119,7 +120,7 @@ def amber(setting: Setting) -> None:
         "4:8": AmberPruner(pattern=(4, 8)),
         "2:4": AmberPruner(pattern=(2, 4)),
         "16:32": AmberPruner(pattern=(16, 32)),
-        "8:16, skipped by the program's output": AmberPruner(sensitivity="output"),
+        "8:16, skipped by sites": AmberPruner(sensitivity="site"),
         "8:16, naive on all seven": AmberPruner(**everywhere),
         "2:4, naive on all seven": AmberPruner(pattern=(2, 4), **everywhere),
         "8:16, nothing skipped": AmberPruner(coverage=1.0),
@@ -153,6 +154,32 @@ def frontier(setting: Setting) -> None:
             setting.line(f"frontier | {pattern[0]}:{pattern[1]} | {share}", program, about)
 
 
+def outstanding(setting: Setting) -> None:
+    """Amber alone, then with int8; directions of the scale and sources of the factors."""
+    setting.line("outstanding | dense", setting.program([]))
+    for name, method in {
+        "Amber 8:16": AmberPruner(),
+        "8:16 and int8": OutstandingSparse(),
+        "8:16 and int8, not scaled": OutstandingSparse(direction="none"),
+        "8:16 and int8, SmoothQuant's way": OutstandingSparse(direction="smooth"),
+        "8:16 and int8, alpha 0.5": OutstandingSparse(alpha=0.5),
+        "8:16 and int8, factors of the original": OutstandingSparse(factors_from="original"),
+        "8:16 and int8, magnitudes": OutstandingSparse(scoring="none"),
+        "8:16, magnitudes, no int8": OutstandingSparse(scoring="none", int8_roles=()),
+        "8:16, magnitudes, not scaled, no int8": OutstandingSparse(scoring="none", int8_roles=(), direction="none"),
+        "8:16 and int8 everywhere": OutstandingSparse(int8_error=10.0),
+        "8:16 and int8 below 0.02": OutstandingSparse(int8_error=0.02),
+    }.items():
+        program, record = setting.decide(method)
+        errors = sorted(record.get("int8", {"": 0.0}).values())
+        middle, high = errors[len(errors) // 2] if errors else 0.0, errors[-3:]
+        whole = sum(
+            "quantize" in d.pass_name and d.status == "kept" and d.phase == "prefill" for d in program.decisions
+        )
+        about = f"{whole} int8 sites, error {middle:.4f}, worst {high} | skip {record['skipped_layers']}"
+        setting.line(f"outstanding | {name}", program, about)
+
+
 def operator(setting: Setting) -> None:
     """The selection beside the linear that it feeds, 512 tokens."""
     for k, n in ((576, 576), (576, 1536), (1536, 576)):
@@ -177,6 +204,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "amber": amber,
     "skipping": skipping,
     "frontier": frontier,
+    "outstanding": outstanding,
     "operator": operator,
 }
 

@@ -3,8 +3,8 @@
 1. Channels are ranked by |x| times a factor of the weight's column (`kernels/channel_factors.py`); n of every m stay.
 2. Down projections are always sparse. Query and gate are sparse together, but for the layers where they suffer most;
    key, value, output and up never are (published policy).
-3. How much a layer suffers is measured on calibration (`sparsity_sensitivity.py`, or at the program's output); as many
-   layers are skipped as leave the asked share of linear arithmetic sparse.
+3. How much a layer suffers is measured on calibration: at the program's output, or at the projections' own
+   (`sparsity_sensitivity.py`). As many layers are skipped as leave the asked share of linear arithmetic sparse.
 
 Decode stays dense, on the same weights.
 
@@ -57,8 +57,10 @@ class AmberPruner(Method):
     coverage: float = Field(0.55, ge=0, le=1, description="Least share of linear arithmetic that skipping leaves.")
     always: tuple[str, ...] = Field(("down",), description="Roles that are sparse in every layer.")
     selectively: tuple[str, ...] = Field(("q", "gate"), description="Roles that are skipped in sensitive layers.")
-    sensitivity: Literal["site", "output"] = Field(
-        "site", description="Skip by the error of the projections' own outputs, or of the program's."
+    sensitivity: Literal["output", "site"] = Field(
+        "output",
+        description="Skip by the error of the program's output with one site sparse at a time, or by that of the site's"
+        " own output, which takes one run instead of one a site.",
     )
     skip: tuple[str, ...] = Field((), description="Module paths, or ends of module paths, to leave as they are.")
 
@@ -133,6 +135,7 @@ class AmberPruner(Method):
                     site=s.id, method=self.name, pass_name="sparsify_activations", options=self.options(s), reason=""
                 )
                 for s in sites
+                if s.role in self.selectively
             ]
             shared = dict(context.tensors)
             found = output_errors(exported, phase, tried, inputs[:1], shared, context.progress.step)
