@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && ! command -v python3.
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test check bench page format clean
+.PHONY: help demo test check bench docs page format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -21,6 +21,9 @@ check: $(STAMP)  ## lint, format and types
 
 bench: $(STAMP)  ## the table of benchmarks/README.md, measured anew
 	$(BIN)/graphwright bench
+
+docs: $(STAMP)  ## the manual as a site in build/site, links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 page:  ## the page's code, built from html_report/page (needs npm)
 	cd html_report/page && npm ci --ignore-scripts && npm run build
