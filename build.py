@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .errors import InvalidArgument
+from .passes.base import pass_named
+from .passes.decision import Decision
 from .passes.edit import copy_exported
 from .passes.hoist_order import HoistOrder
 from .passes.manager import PassManager
@@ -39,6 +42,7 @@ def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Progr
         before[phase.name] = graph_text(exported)
         rewritings[phase.name] = apply_decisions(exported, phase.name, lossy, prepared.shared)
     agree_on_state(rewritings, lossy)
+    by_step = any(_is_by_step(decision) for decision in lossy if decision.status in ("proposed", "kept"))
     for phase in prepared.phases:
         rewriting = rewritings[phase.name]
         exported = rewriting.edit.exported
@@ -48,9 +52,19 @@ def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Progr
             records += PassManager(FINISHERS).run(exported, phase.name, prepared.shared)
         status |= dict.fromkeys(rewriting.changes, ("kept", ""))
         status |= {site: ("failed", reason) for site, reason in rewriting.failed.items()}
+        if by_step and rewriting.failed:
+            site, reason = next(iter(rewriting.failed.items()))
+            raise InvalidArgument(f"{site} cannot be rewritten, and what is kept between steps needs all: {reason}")
         for name, tensor in state_of(exported).items():
             exported.state_dict[name] = state.setdefault(name, tensor)
-        phases.append(Phase(phase.plan, exported))
+        plan = phase.plan
+        if by_step:
+            first = phase is prepared.phases[0]
+            plan = plan.model_copy(update={"falls": prepared.captured.facts["timestep"], "begins": first})
+        phases.append(Phase(plan, exported))
+    for phase in phases:
+        # A phase may read what only others write.
+        phase.exported.state_dict.update({n: t for n, t in state.items() if n in phase.exported.state_dict})
     decisions = [
         decision.model_copy(update=dict(zip(("status", "reason"), status[decision.site], strict=True)))
         if decision.status in ("proposed", "kept") and decision.site in status
@@ -74,6 +88,10 @@ def _bytes(prepared: Prepared) -> dict[str, int]:
             storage = tensor.untyped_storage()
             found["state" if name in state else "weights"][storage.data_ptr()] = storage.nbytes()
     return {kind: sum(sizes.values()) for kind, sizes in found.items()}
+
+
+def _is_by_step(decision: Decision) -> bool:
+    return bool(decision.pass_name) and pass_named(decision.pass_name, decision.options).by_step
 
 
 def _refusals(prepared: Prepared) -> dict[str, dict[str, list[str]]]:

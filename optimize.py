@@ -35,6 +35,7 @@ from .profiles.reuse_figures import channel_groups, reuse_figures, reuses
 from .program import Program
 from .progress import Progress
 from .report import Inspection
+from .workshop import Workshop
 
 TARGETS = ("eager",)
 PROBE_TOKENS = 64
@@ -94,14 +95,16 @@ def optimize(
             captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
         if profile is not None and not isinstance(profile, Profile):
             profile = Profile.load(profile)
+        most = None if captured.kind == "denoiser" else MOST_ITEMS
+        items = None if calibration is None else list(islice(calibration, most))
+        if profile is None:
+            chosen = [method.settle(Workshop(captured, items or [], bar)) for method in chosen]
         with bar.stage("canonicalize"):
             prepared = prepare(captured, _steps(captured, chosen) if profile is None else profile.steps)
         found = fingerprint(prepared.exported)
         if profile is not None:
             with bar.stage("replay"):
                 return _replay(prepared, profile, found)
-        most = None if captured.kind == "denoiser" else MOST_ITEMS
-        items = None if calibration is None else list(islice(calibration, most))
         recorded = Recorded()
         if captured.kind == "denoiser" and items is not None:
             recorded = denoiser_inputs(
@@ -120,6 +123,8 @@ def optimize(
         started = time.perf_counter()
         decisions = compose([decision for method in chosen for decision in method.decide(context)])
         prepared.measured["decide_seconds"] = time.perf_counter() - started
+        if budget is not None:
+            _refuse_budget(decisions)
         prepared.shared.update(context.tensors)
         prepared = with_exact(prepared, decisions)
         result = Profile(
@@ -184,7 +189,7 @@ def _measure(prepared: Prepared, decisions: list[Decision], inputs: Mapping[str,
     started = time.perf_counter()
     least: dict[Any, float] = {}
     for phase in prepared.phases:
-        proposals = [d for d in decisions if d.phase == phase.name and d.status == "proposed"]
+        proposals = [d for d in decisions if d.phase == phase.name and d.status == "proposed" and not _is_by_step(d)]
         flat = inputs.get(phase.name, [])
         if not proposals or not flat:
             continue
@@ -208,6 +213,19 @@ def _measure(prepared: Prepared, decisions: list[Decision], inputs: Mapping[str,
 
 def _changes_state(decision: Decision) -> bool:
     return pass_named(decision.pass_name, decision.options).changes_state
+
+
+def _is_by_step(decision: Decision) -> bool:
+    return pass_named(decision.pass_name, decision.options).by_step
+
+
+def _refuse_budget(decisions: Sequence[Decision]) -> None:
+    found = next((d for d in decisions if d.status == "proposed" and _is_by_step(d)), None)
+    if found is not None:
+        raise InvalidArgument(
+            f"{found.method} keeps what its sites share from step to step, so a Budget cannot roll back one of them;"
+            f" set the budget of {found.method} itself"
+        )
 
 
 def _refuse_slower(decisions: list[Decision]) -> None:

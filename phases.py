@@ -34,6 +34,8 @@ class Condition(BaseModel):
     dim: int = 0
     at_least: float | None = None
     at_most: float | None = None
+    also: tuple[tuple[float | None, float | None], ...] = ()
+    """Further bounds (at least, at most), of which one may hold instead."""
 
     def holds(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the inputs of a call meet the bound; an input that is absent does not."""
@@ -46,23 +48,30 @@ class Condition(BaseModel):
             measured = float(value.shape[self.dim])
         else:
             measured = float(value.flatten()[0]) if isinstance(value, Tensor) else float(value)
-        low = self.at_least is None or measured >= self.at_least
-        return low and (self.at_most is None or measured <= self.at_most)
+        return any(
+            (low is None or measured >= low) and (high is None or measured <= high)
+            for low, high in ((self.at_least, self.at_most), *self.also)
+        )
 
     def __str__(self) -> str:
         name = f"{self.input}.shape[{self.dim}]" if self.measure == "size" else f"{self.input}[0]"
-        if self.at_least is not None and self.at_least == self.at_most:
-            return f"{name} == {self.at_least:g}"
-        parts = [f"{name} >= {self.at_least:g}"] if self.at_least is not None else []
-        parts += [f"{name} <= {self.at_most:g}"] if self.at_most is not None else []
-        return " and ".join(parts) or f"any {name}"
+        return " or ".join(_bounds(name, *bounds) for bounds in ((self.at_least, self.at_most), *self.also))
+
+
+def _bounds(name: str, low: float | None, high: float | None) -> str:
+    if low is not None and low == high:
+        return f"{name} == {low:g}"
+    parts = [f"{name} >= {low:g}"] if low is not None else []
+    parts += [f"{name} <= {high:g}"] if high is not None else []
+    return " and ".join(parts) or f"any {name}"
 
 
 class PhasePlan(BaseModel):
     """What a phase assumes and when it may run.
 
     `sizes` maps an input to fixed lengths by dimension; `start_input` names the position input that is known to begin
-    at zero, which means that the cache holds nothing that attention may see.
+    at zero, which means that the cache holds nothing that attention may see. `falls` names the input that must fall
+    from call to call, where a step builds on what the one before it kept; a phase that `begins` starts anew.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +80,8 @@ class PhasePlan(BaseModel):
     conditions: tuple[Condition, ...] = ()
     sizes: dict[str, dict[int, int]] = {}
     start_input: str | None = None
+    falls: str | None = None
+    begins: bool = False
 
 
 def plan_steps(timestep: str, ranges: Sequence[StepRange]) -> tuple[PhasePlan, ...]:
@@ -85,7 +96,15 @@ def plan_steps(timestep: str, ranges: Sequence[StepRange]) -> tuple[PhasePlan, .
             name=step.name,
             conditions=()
             if step.at_least is None and step.at_most is None
-            else (Condition(input=timestep, measure="first", at_least=step.at_least, at_most=step.at_most),),
+            else (
+                Condition(
+                    input=timestep,
+                    measure="first",
+                    at_least=step.at_least,
+                    at_most=step.at_most,
+                    also=tuple((span.at_least, span.at_most) for span in step.more),
+                ),
+            ),
         )
         for step in ranges
     )

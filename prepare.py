@@ -22,7 +22,7 @@ from .passes.fix_sizes import FixSizes
 from .passes.manager import PassManager, PassRecord
 from .passes.merge_duplicates import MergeDuplicates
 from .passes.rewrite import apply_decisions
-from .patterns.find import Sites, find_sites
+from .patterns.find import FAMILIES, Sites, find_sites
 from .patterns.graph import GraphView
 from .patterns.steps import StepRange
 from .phases import Phase, PhasePlan, plan_steps
@@ -76,7 +76,8 @@ def prepare(captured: Captured, steps: Sequence[StepRange] = ()) -> Prepared:
     records = canonicalize(base, "captured", shared)
     plans = plan_steps(captured.facts["timestep"], steps) if steps else captured.plans
     phases = [Phase(plan, _specialise(base, plan, shared, records)) for plan in plans]
-    sites = {phase.name: find_sites(GraphView(phase.exported), phase.name) for phase in phases}
+    families = _families(captured)
+    sites = {phase.name: find_sites(GraphView(phase.exported), phase.name, families) for phase in phases}
     prepared = Prepared(captured, phases, sites, records, {step.name: step for step in steps}, shared)
     prepared.measured["prepare_seconds"] = time.perf_counter() - started
     return prepared
@@ -106,8 +107,14 @@ def with_exact(prepared: Prepared, decisions: Sequence[Decision]) -> Prepared:
         phases.append(Phase(phase.plan, exported))
     for decision in exact:
         decision.status = "kept"
-    sites = {phase.name: find_sites(GraphView(phase.exported), phase.name) for phase in phases}
+    families = _families(prepared.captured)
+    sites = {phase.name: find_sites(GraphView(phase.exported), phase.name, families) for phase in phases}
     return replace(prepared, phases=phases, sites=sites, records=records)
+
+
+def _families(captured: Captured) -> tuple[str, ...]:
+    """What is looked for: in a denoiser blocks too, whose tokens change little from step to step."""
+    return (*FAMILIES, "block") if captured.kind == "denoiser" else FAMILIES
 
 
 def is_exact(decision: Decision) -> bool:

@@ -38,6 +38,14 @@ class History:
     measured: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class Branch:
+    """One run in progress: the timestep of its last call, None before the first, and its state while others run."""
+
+    last: float | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
 class Program:
     """A rewritten model.
 
@@ -69,6 +77,8 @@ class Program:
             phase.name: CallSignature(phase.exported, inputs, facts.get("max_cache_len")) for phase in phases
         }
         self._lowered: dict[str, Any] = {}
+        self._branch = Branch()
+        self._branches: dict[str, Branch] = {}
         self._initial = {name: _initial_value(tensor) for name, tensor in self._state().items()}
         self._sites: dict[str, Sites] = {}
 
@@ -81,10 +91,60 @@ class Program:
             InvalidType: The arguments do not fit the captured signature.
             InvalidArgument: No phase takes them, or they go beyond the captured cache.
         """
-        _, phase, flat = self.dispatch(*args, **kwargs)
+        bound, phase, flat = self.dispatch(*args, **kwargs)
+        self._follow(bound, phase)
+        return self.run_phase(phase, flat)
+
+    def run_phase(self, phase: str, flat: Sequence[Any]) -> Any:
+        """Run a phase on inputs that `dispatch` gave, whatever its conditions and the calls before."""
         with torch.no_grad():
             outputs = self._run(phase)(*flat)
         return self._signatures[phase].unflatten(outputs)
+
+    def _follow(self, bound: dict[str, Any], phase: str) -> None:
+        """Where steps build on each other: begin anew at the first step, refuse one that cannot follow.
+
+        Raises:
+            InvalidArgument: The run did not begin with its first step, or a timestep does not fall.
+        """
+        plan = self.phases[phase].plan
+        if plan.falls is None:
+            return
+        value = float(torch.as_tensor(bound[plan.falls]).flatten()[0])
+        last = self._branch.last
+        if plan.begins:
+            self.reset()
+        elif last is None:
+            first = next(str(c) for p in self.phases.values() if p.plan.begins for c in p.plan.conditions)
+            raise InvalidArgument(
+                f"{plan.falls} {value:g} builds on the steps before it, and there were none: begin a run with {first}"
+            )
+        elif not value < last:
+            raise InvalidArgument(
+                f"{plan.falls} {value:g} after {last:g}: it must fall from call to call, since a step builds on the one"
+                " before. Call guidance branches in one batch, or each within its own cache_context"
+            )
+        self._branch.last = value
+
+    @contextmanager
+    def branch(self, name: str) -> Iterator[None]:
+        """Run with state of its own, kept under a name: guidance branches that are called in turn stay apart."""
+        if not any(phase.plan.falls for phase in self.phases.values()):
+            yield
+            return
+        outer, state = self._branch, self._state()
+        inner = self._branches.setdefault(name, Branch(None, self.initial_state()))
+        outer.tensors = {key: tensor.data for key, tensor in state.items()}
+        self._branch = inner
+        for key, tensor in state.items():
+            tensor.data = inner.tensors[key]
+        try:
+            yield
+        finally:
+            inner.tensors = {key: tensor.data for key, tensor in state.items()}
+            for key, tensor in state.items():
+                tensor.data = outer.tensors[key]
+            self._branch = outer
 
     def dispatch(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], str, list[Any]]:
         """What a call with these arguments would do, without doing it.
@@ -139,6 +199,7 @@ class Program:
         for name, tensor in self._state().items():
             initial = self._initial[name]
             tensor.copy_(initial) if isinstance(initial, Tensor) else tensor.fill_(initial)
+        self._branch.last = None
 
     def initial_state(self) -> dict[str, Tensor]:
         """State as it was at capture, by fully qualified name; new tensors, which the phases do not read."""
@@ -234,6 +295,7 @@ class Program:
         """
         move_phases(list(self.phases.values()), device)
         self._lowered.clear()
+        self._branches.clear()
         return self
 
     # ---- what was done
@@ -425,8 +487,9 @@ class ProgramModule(nn.Module):
 
     @contextmanager
     def cache_context(self, name: str, **options: Any) -> Iterator[None]:
-        """What diffusers' pipelines enter around each guidance branch; a program has no caches of that kind."""
-        yield
+        """What diffusers' pipelines enter around each guidance branch: state between steps is the branch's own."""
+        with self.program.branch(name):
+            yield
 
 
 class _Config(dict[str, Any]):

@@ -16,7 +16,7 @@ from .passes.edit import copy_exported
 from .passes.manager import PassRecord
 from .passes.undo import check_undo
 from .patterns.graph import Refusal
-from .phases import Phase, PhasePlan, state_of
+from .phases import Phase, PhasePlan
 from .profiles.profile import Profile
 from .program import History, Program
 from .torch_private import pytree
@@ -56,7 +56,9 @@ def save(program: Program, path: str | Path) -> None:
     phases = {}
     for name, phase in program.phases.items():
         phases[name] = copy_exported(phase.exported)
-        phases[name].state_dict.update({key: initial[key] for key in state_of(phase.exported)})
+        phases[name].state_dict.update(
+            {key: value for key, value in initial.items() if key in phase.exported.state_dict}
+        )
     write_archive(path, Contents(phases, documents, tensors))
 
 

@@ -76,6 +76,9 @@ class SitePass(_Registered, ABC, Generic[S]):
     changes_state: ClassVar[bool] = False
     """Whether it changes what the program keeps between calls, which all phases must agree on: a place is rewritten in
     every phase or in none, and for its memory even where it is slower."""
+    by_step: ClassVar[bool] = False
+    """Whether a call builds on what the call of the step before kept: timesteps must fall then, and a variant is not
+    measured on one call."""
     absorbs: ClassVar[Mapping[str, str]] = {}
     """Passes that it can do as well, before its own work at the same site: name -> the field that takes its options."""
 

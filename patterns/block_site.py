@@ -78,8 +78,8 @@ class BlockSite(Site):
 def find_blocks(view: GraphView, phase: str = "main") -> Found[BlockSite]:
     """Find the blocks around all self-attentions of a canonical program.
 
-    Refused, with the fact: several streams of tokens (joint attention of text and video), two self-attentions between
-    two cuts, an operator that mixes tokens, a region with a second exit or that is not convex.
+    Refused, with the fact: several streams of tokens (joint attention of text and video), a second exit, two
+    self-attentions between two cuts, an operator that mixes tokens, a region that is not convex.
     """
     sites: list[BlockSite] = []
     refusals: list[Refusal] = []
@@ -171,17 +171,20 @@ class _Stream:
             named = ", ".join(sorted(node.name for node in sources))
             self._refuse(attention.node, "its tokens come from several streams", streams=named)
             return
-        # What leaves the stream leaves it for the output: a second way out of a block keeps its end from being a cut.
-        for node in self.dims:
-            if any(user not in self.dims and user in self.alive and values_read(user, node) for user in node.users):
-                graph.add_edge(node, _OUT)
-        dominators = nx.immediate_dominators(graph, sources[0])
-        at: Any = dominators.get(_OUT)
-        while at is not None and at not in self.cuts:
-            self.cuts.append(at)
-            at = dominators.get(at)
+        # Cuts are of everything that comes from the tokens, also what has none any more, such as a mean.
+        whole, stack = nx.DiGraph(), [sources[0]]
+        while stack:
+            node = stack.pop()
+            for user in node.users:
+                if user in self.alive and (user.op == "output" or values_read(user, node) or user.target in _LIKE):
+                    stack += [] if user in whole else [user]
+                    whole.add_edge(node, user)
+        dominators = nx.immediate_dominators(whole, sources[0])
+        at: Any = dominators.get(self.view.graph.output_node())
+        while at is not None:
+            self.cuts += [at] if at in self.dims else []
+            at = dominators.get(at) if at is not sources[0] else None
         self.cuts.reverse()
-        graph.remove_node(_OUT)
 
     # ---- blocks
 
@@ -197,7 +200,8 @@ class _Stream:
         end = self._last_join(attention) if following is None else self._cut_before(following)
         if start is None or end is None:
             which = "before" if start is None else "behind"
-            return view.refuse(attention.node, f"no point {which} the attention that all its tokens pass", depth=1)
+            reason = f"no point {which} the attention that everything made of its tokens passes"
+            return view.refuse(attention.node, reason, depth=1)
         if self.order[end] < self.order[attention.node]:
             return view.refuse(attention.node, "two self-attentions between two cuts of the stream", depth=2)
         if not (same_shape(shape_of(start), shape_of(end)) and len(shape_of(start)) == 3 and self.dims[start] == 1):
@@ -206,7 +210,7 @@ class _Stream:
                 attention.node, "entry and exit are not the same [batch, tokens, channels]", depth=3, **facts
             )
         inside = (nx.descendants(self._graph, start) & nx.ancestors(self._graph, end)) | {end}
-        reason = self._not_convex(inside, start, end) or self._mixing(inside, start, attention)
+        reason = self._not_convex(inside, end) or self._mixing(inside, start, attention)
         if reason is not None:
             return reason
         return self._site(attention, site_id, start, end, inside)
@@ -222,24 +226,22 @@ class _Stream:
         joins = [c for c in self.cuts if c in behind and is_call(c, aten.add.Tensor) and self._graph.in_degree(c) == 2]
         return joins[-1] if joins else None
 
-    def _not_convex(self, inside: set[Node], start: Node, end: Node) -> Refusal | None:
-        """Paths that leave the region and come back, and exits beside the end."""
+    def _not_convex(self, inside: set[Node], end: Node) -> Refusal | None:
+        """Paths that leave the tokens of the region and come back; other ways out there are none between two cuts."""
         left: dict[Node, Node] = {}
         for node in self.view.graph.nodes:  # in topological order
-            if node in inside or node not in self.alive or is_size(node):
+            if node not in self.alive or is_size(node):
                 continue
             parents = [parent for parent in node.all_input_nodes if values_read(node, parent)]
+            if node in inside:
+                back = next((parent for parent in parents if parent in left), None)
+                if back is not None:
+                    facts = {"leaves at": left[back].name, "comes back at": node.name}
+                    return self.view.refuse(node, "the block's region is not convex", depth=4, **facts)
+                continue
             origin = next((p for p in parents if (p in inside and p is not end) or p in left), None)
             if origin is not None:
                 left[node] = left.get(origin, origin)
-        for node in inside:
-            back = next((parent for parent in node.all_input_nodes if parent in left), None)
-            if back is not None:
-                facts = {"leaves at": left[back].name, "comes back at": node.name}
-                return self.view.refuse(node, "the block's region is not convex", depth=4, **facts)
-        if left:
-            user, origin = next(iter(left.items()))
-            return self.view.refuse(origin, "the block has a second exit", depth=4, reader=user.name)
         return None
 
     def _mixing(self, inside: set[Node], start: Node, attention: AttentionSite) -> Refusal | None:
@@ -311,7 +313,6 @@ class _Stream:
             self.refusal = self.view.refuse(node, reason, **facts)
 
 
-_OUT = "out"
 _LIKE = frozenset({aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default})
 """What is made like tokens belongs to them: it has as many."""
 

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from .attention import AttentionSite, find_attention
+from .block_site import BlockSite, find_blocks
 from .cache import CacheSite, find_caches
 from .graph import GraphView, Refusal
 from .linear import LinearSite, find_linears
@@ -26,11 +27,12 @@ class Sites:
     residual: tuple[ResidualStream, ...]
     refusals: dict[str, tuple[Refusal, ...]]
     """Family -> refusals, in graph order."""
+    block: tuple[BlockSite, ...] = ()
 
     @property
     def all(self) -> tuple[Site, ...]:
         """Every site, family by family."""
-        return (*self.attention, *self.linear, *self.cache, *self.norm, *self.residual)
+        return (*self.attention, *self.linear, *self.cache, *self.norm, *self.residual, *self.block)
 
     def nearest_miss(self, family: str) -> Refusal | None:
         """The refusal that came furthest, None where nothing was refused."""
@@ -38,6 +40,7 @@ class Sites:
 
 
 FAMILIES = ("attention", "linear", "cache", "norm", "residual")
+"""What is looked for unless told otherwise; blocks are looked for in denoisers."""
 
 
 def find_sites(view: GraphView, phase: str = "main", families: Collection[str] = FAMILIES) -> Sites:
@@ -53,6 +56,7 @@ def find_sites(view: GraphView, phase: str = "main", families: Collection[str] =
     cache = find_caches(view, phase) if "cache" in families else Found[CacheSite](())
     norm = find_norms(view, phase) if "norm" in families else Found[NormSite](())
     residual = find_streams(view, phase) if "residual" in families else Found[ResidualStream](())
+    block = find_blocks(view, phase) if "block" in families else Found[BlockSite](())
     refusals = {
         "attention": attention.refusals,
         "linear": linear.refusals,
@@ -60,4 +64,6 @@ def find_sites(view: GraphView, phase: str = "main", families: Collection[str] =
         "norm": norm.refusals,
         "residual": residual.refusals,
     }
-    return Sites(phase, attention.sites, linear.sites, cache.sites, norm.sites, residual.sites, refusals)
+    if "block" in families:
+        refusals["block"] = block.refusals
+    return Sites(phase, attention.sites, linear.sites, cache.sites, norm.sites, residual.sites, refusals, block.sites)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -20,21 +21,32 @@ DEFAULT_TIMESTEPS = tuple(1000.0 * (50 - step) / 50 for step in range(50))
 """50 even steps from 1000 down: the steps of most published video pipelines, over diffusers' range of timesteps."""
 
 
-class StepRange(BaseModel):
-    """A range of steps, `first` to `last`, both included, and the timesteps by which it is recognised."""
+class StepSpan(BaseModel):
+    """Steps `first` to `last`, both included, and the timesteps by which they are recognised."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
     first: int
     last: int
     at_least: float | None = None
     at_most: float | None = None
 
+
+class StepRange(StepSpan):
+    """A range of steps that one phase runs, and further ones that it runs as well."""
+
+    name: str
+    more: tuple[StepSpan, ...] = ()
+
+    @property
+    def steps(self) -> list[int]:
+        """All of its steps."""
+        return [step for span in (self, *self.more) for step in range(span.first, span.last + 1)]
+
     @property
     def middle(self) -> int:
         """The step in the middle, on which a range is calibrated."""
-        return (self.first + self.last) // 2
+        return self.steps[(len(self.steps) - 1) // 2]
 
 
 def checked_timesteps(timesteps: Sequence[float] | Tensor) -> list[float]:
@@ -56,11 +68,21 @@ def checked_timesteps(timesteps: Sequence[float] | Tensor) -> list[float]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps in which a method is active, `first` to `stop` (excluded), and `edges` at which it changes."""
+    """The steps in which a method is active, `first` to `stop` (excluded), and `edges` at which it changes.
+
+    `labels` says of each step what the method does there: steps of one label run in one phase, wherever they are.
+    """
 
     first: int
     stop: int
     edges: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
+
+    def label(self, step: int) -> int:
+        """What the method does in a step: its label, or where it has none the number of the range between edges."""
+        if not self.first <= step < self.stop:
+            return -1
+        return self.labels[step] if self.labels else sum(edge <= step for edge in self.edges)
 
 
 def step_ranges(timesteps: Sequence[float], schedules: Sequence[Schedule]) -> list[StepRange]:
@@ -71,25 +93,38 @@ def step_ranges(timesteps: Sequence[float], schedules: Sequence[Schedule]) -> li
         schedules: One a method.
 
     Returns:
-        The ranges in order of the steps, none where no method cuts. Ranges in which no method is active are called
+        The ranges by their first steps, none where no method cuts. Ranges in which no method is active are called
         "dense", and "dense_tail" after the active ones; the others "sparse", or "sparse_1", "sparse_2", ... where there
         are several.
     """
     count = len(timesteps)
-    cuts = {edge for schedule in schedules for edge in (schedule.first, schedule.stop, *schedule.edges)}
-    starts = [0, *sorted(edge for edge in cuts if 0 < edge < count)]
-    active = [start for start in starts if any(schedule.first <= start < schedule.stop for schedule in schedules)]
+    labels = [tuple(schedule.label(step) for schedule in schedules) for step in range(count)]
+    starts = [step for step in range(count) if not step or labels[step] != labels[step - 1]]
+    spans = [(first, stop) for first, stop in pairwise([*starts, count])]
+    active = [first for first, _ in spans if any(label >= 0 for label in labels[first])]
     if not active:
         return []
+    has_labels = any(schedule.labels for schedule in schedules)
+    groups: dict[Any, list[tuple[int, int]]] = {}
+    for first, stop in spans:
+        # Without labels a range is a phase; so are dense steps, whose names say where they stand.
+        groups.setdefault(labels[first] if has_labels and first in active else first, []).append((first, stop))
+    sparse = [group for group in groups.values() if group[0][0] in active]
     ranges = []
-    for first, stop in pairwise([*starts, count]):
-        if first in active:
-            name = "sparse" if len(active) == 1 else f"sparse_{active.index(first) + 1}"
+    for group in groups.values():
+        first = group[0][0]
+        if group in sparse:
+            name = "sparse" if len(sparse) == 1 else f"sparse_{sparse.index(group) + 1}"
         else:
             name = "dense" if first < active[0] else "dense_tail" if first > active[-1] else f"dense_{first}"
-        low, high = _between(timesteps, stop - 1), _between(timesteps, first - 1)
-        ranges.append(StepRange(name=name, first=first, last=stop - 1, at_least=low, at_most=high))
+        own, *more = (_span(timesteps, *span) for span in group)
+        ranges.append(StepRange(name=name, **own.model_dump(), more=tuple(more)))
     return ranges
+
+
+def _span(timesteps: Sequence[float], first: int, stop: int) -> StepSpan:
+    low, high = _between(timesteps, stop - 1), _between(timesteps, first - 1)
+    return StepSpan(first=first, last=stop - 1, at_least=low, at_most=high)
 
 
 def _between(timesteps: Sequence[float], step: int) -> float | None:

@@ -32,6 +32,7 @@ def compose(decisions: Sequence[Decision]) -> list[Decision]:
     Raises:
         InvalidArgument: Two methods would rewrite one site and cannot be joined, or only the other way round.
     """
+    _refuse_covered(decisions)
     first: dict[str, int] = {}
     result: list[Decision | None] = list(decisions)
     for place, decision in enumerate(decisions):
@@ -46,6 +47,23 @@ def compose(decisions: Sequence[Decision]) -> list[Decision]:
         result[before], result[place] = None, _joined(other, decision)
         first[decision.site] = place
     return [decision for decision in result if decision is not None]
+
+
+def _refuse_covered(decisions: Sequence[Decision]) -> None:
+    """A rewrite of a whole block makes its calls anew, so nothing inside it can be rewritten besides."""
+    covered = {
+        site: (decision.method, decision.site)
+        for decision in decisions
+        if decision.status == "proposed"
+        for site in decision.figures.get("covers", ())
+    }
+    for decision in decisions:
+        if decision.status == "proposed" and decision.site in covered:
+            method, block = covered[decision.site]
+            raise InvalidArgument(
+                f"{method} and {decision.method} would both rewrite {decision.site}: {method} makes the calls of"
+                f" {block} anew for the tokens that it selects; choose one of them"
+            )
 
 
 def _joined(first: Decision, second: Decision) -> Decision:

@@ -95,6 +95,17 @@ class Method(BaseModel, ABC):
         """
         return None
 
+    def settle(self, workshop: Any) -> Method:
+        """What is to be known before the steps are cut into phases: a method that searches over steps does it here.
+
+        Args:
+            workshop: The captured model and the calibration; see `workshop.py`.
+
+        Returns:
+            The method with what it found among its options.
+        """
+        return self
+
     @abstractmethod
     def decide(self, context: Context) -> list[Decision]:
         """Say what is to be done where.

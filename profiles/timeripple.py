@@ -233,7 +233,7 @@ class TimeRipple(VideoMethod):
             thresholds = self.thresholds(steps, (ratio * high, high))
             total = 0.0
             for found, known in ranges:
-                for step in range(known.first, known.last + 1):
+                for step in known.steps:
                     total += sum(each.saving(thresholds[step]) for each in found) / len(found)
             for found, _ in whole:
                 total += steps / len(whole) * sum(each.saving(high) for each in found) / len(found)

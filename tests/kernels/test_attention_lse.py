@@ -33,8 +33,8 @@ def assert_within_rounding(found, case, scale=None):
     assert (output.dtype, lse.dtype) == (query.dtype, torch.float32)
     largest = float(value.double().abs().max())
     assert float((output.double() - exact).abs().max()) <= (rounding + 2 * torch.finfo(query.dtype).eps) * largest
-    # For 16 bits aten takes a quicker exponential, which is right to 2^-15.
-    quick = 0.0 if query.dtype == torch.float32 else 2.0**-15
+    # For 16 bits aten takes a quicker exponential, right to an eighth of what float16 can tell.
+    quick = 0.0 if query.dtype == torch.float32 else 2.0**-13
     assert float((lse.double() - exact_lse).abs().max()) <= rounding + 4 * half_ulp * max(1.0, scores) + quick
 
 
