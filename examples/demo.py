@@ -64,6 +64,7 @@ def _demo(console: Console, layers: int | None, windows: int, page: Path | None)
         console.print(f"[bold]{name}[/bold]: {QUESTION} {text.strip()}")
     console.print(f"{time.perf_counter() - started:.0f} s in all")
     if page is not None:
+        after.facts = {**after.facts, "name": "SmolLM2-135M-Instruct in int8"}
         page.parent.mkdir(parents=True, exist_ok=True)
         console.print(f"The page with graphs, decisions and pictures: {after.html(page).resolve()}", soft_wrap=True)
 

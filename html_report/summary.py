@@ -32,7 +32,7 @@ def summary_data(program: Program) -> dict[str, Any]:
             {"name": method["name"], "options": ", ".join(f"{k}={v}" for k, v in method["options"].items())}
             for method in program.profile.methods
         ],
-        "target": "eager",
+        "target": getattr(program, "target", "eager"),
         "counts": _counts(program),
         "figures": figures,
         "seconds": {key.removesuffix("_seconds"): v for key, v in measured.items() if key.endswith("_seconds")},

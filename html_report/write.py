@@ -75,10 +75,11 @@ def page_data(program: Program) -> dict[str, Any]:
 
 
 def program_title(program: Program) -> str:
-    """The model's name where capture knows it, and its kind."""
+    """The model's name, `facts["name"]` or what its configuration calls it, and its kind."""
     config = program.facts.get("config") or {}
-    name = program.facts.get("name") or config.get("_name_or_path") or config.get("_class_name") or program.kind
-    return str(name)
+    names = [program.facts.get("name"), *(config.get(key) for key in ("_name_or_path", "_class_name", "model_type"))]
+    name = next((str(name) for name in names if name), "")
+    return f"{name}, {program.kind}" if name else program.kind
 
 
 def _fill(title: str, data: dict[str, Any]) -> str:

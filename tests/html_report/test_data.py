@@ -106,7 +106,7 @@ def test_names_cannot_become_markup(tmp_path):
     assert text.count("</script>") == 2
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert found is not None
-    assert json.loads(found[1])["title"] == HOSTILE
+    assert json.loads(found[1])["title"] == f"{HOSTILE}, causal_lm"
 
 
 def test_only_the_page_s_own_script_may_run():

@@ -80,7 +80,7 @@ def test_it_opens_with_all_parts(visit):
     page = visit("quantized")
     assert page.locator("main h2").all_text_contents() == ["Summary", "Graph", "Decisions", "Pictures", "Passes"]
     assert page.locator("#summary").inner_text().count("MB") >= 2
-    assert page.title() == "graphwright: causal_lm"
+    assert page.title() == "graphwright: llama, causal_lm"
 
 
 def test_a_module_opens_and_closes_with_the_mouse_and_with_keys(visit):
