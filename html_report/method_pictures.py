@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,22 +60,34 @@ def predicted_and_measured(program: Program) -> Picture | None:
 
 
 @picture
-def errors_by_layer(program: Program) -> Picture | None:
-    """The error at each site's own output, by layer and role, in the phase that has most of them."""
+def errors_by_layer(program: Program) -> list[Picture]:
+    """Error and sensitivity of linears by layer and role, in the phase that has most of them."""
+    errors = {d.site: d.local_error for d in program.decisions if d.local_error is not None}
+    sensitivity = {d.site: d.figures["sensitivity"] for d in program.decisions if "sensitivity" in d.figures}
+    made = (
+        _by_layer_and_role(program, errors, "Error at the site's output", "relative L2 error", True),
+        _by_layer_and_role(program, sensitivity, "Sensitivity to sparse activations", "", False),
+    )
+    return [each for each in made if each is not None]
+
+
+def _by_layer_and_role(
+    program: Program, values: Mapping[str, float], title: str, unit: str, percent: bool
+) -> Picture | None:
     phases: dict[str, list[Decision]] = {}
     for decision in program.decisions:
-        if decision.local_error is not None and "role" in decision.facts and "/linear[" in decision.site:
+        if decision.site in values and "role" in decision.facts and "/linear[" in decision.site:
             phases.setdefault(decision.phase, []).append(decision)
     if not phases:
         return None
     phase, decisions = max(phases.items(), key=lambda item: len(item[1]))
     rows = list(dict.fromkeys(_layer(d.place) for d in decisions))
     columns = list(dict.fromkeys(d.facts["role"] for d in decisions))
-    values: list[list[float | None]] = [[None] * len(columns) for _ in rows]
+    cells: list[list[float | None]] = [[None] * len(columns) for _ in rows]
     for d in decisions:
-        values[rows.index(_layer(d.place))][columns.index(d.facts["role"])] = d.local_error
-    data = {"rows": rows, "columns": columns, "values": values, "unit": "relative L2 error", "short": True}
-    return Picture(f"Error at the site's output, {phase}", "heatmap", data, "The same input for both variants.")
+        cells[rows.index(_layer(d.place))][columns.index(d.facts["role"])] = values[d.site]
+    data = {"rows": rows, "columns": columns, "values": cells, "unit": unit, "short": percent}
+    return Picture(f"{title}, {phase}", "heatmap", data, "The same input for both variants.")
 
 
 @picture
@@ -115,7 +127,7 @@ def attention_masks(program: Program) -> Picture | None:
                     images = [{"label": f"row {i}", "source": png_address(_shrunk(m))} for i, m in enumerate(maps)]
                     rows.append({"label": f"{name}: {view.module_path(node)}", "images": images})
     caption = (
-        "A row of blocks is a query block, a column a key block; dark is computed. Text and the first frame, which "
+        "A row of blocks is a query block, a column a key block; blue is computed. Text and the first frame, which "
     )
     caption += "every query sees, are not drawn. Which row a head takes is in its type."
     return Picture("Attention masks", "images", {"rows": rows}, caption) if rows else None
@@ -123,22 +135,51 @@ def attention_masks(program: Program) -> Picture | None:
 
 @picture
 def density_over_steps(program: Program) -> Picture | None:
-    """How much of the attention is computed in each range of denoising steps."""
-    steps = program.profile.steps
-    if not steps:
-        return None
-    values = []
-    for step in steps:
+    """How much of the attention is computed in each denoising step."""
+    shares: dict[int, float] = {}
+    sparse = False
+    for step in program.profile.steps:
         kept = [d for d in program.decisions if d.phase == step.name and d.status == "kept"]
         known = [density for d in kept if (density := _density(d)) is not None]
+        # A sparse attention is no attention site any more: what is left of those is dense.
         total = len(program.sites[step.name].attention) + len(known)
-        values.append((sum(known) + max(total - len(known), 0)) / total if total else 1.0)
+        dense = total - len(known)
+        sparse = sparse or bool(known)
+        shares |= dict.fromkeys(step.steps, (sum(known) + dense) / total if total else 1.0)
+    if not sparse:
+        return None
+    series = [{"name": "mean density of the attentions", "values": [shares[step] for step in sorted(shares)]}]
+    data = {"labels": [str(step) for step in sorted(shares)], "unit": "density", "series": series}
+    return Picture("Budget over steps", "bars", data, "Columns are denoising steps; 1 is dense.")
+
+
+@picture
+def budgets_by_step(program: Program) -> Picture | None:
+    """ASTRAEA's share of the tokens that each denoising step computes."""
+    found = program.profile.measured.get("astraea")
+    if not found or not found["budget"]:
+        return None
+    table = found["table"]
+    full = sum(table) / len(table) / found["budget"]
+    series = [{"name": "computed", "values": [budget / full for budget in table]}]
+    data = {"labels": [str(step) for step in range(len(table))], "unit": "share of the tokens", "series": series}
+    return Picture("Tokens computed by step", "bars", data, "Columns are denoising steps; 1 computes all tokens.")
+
+
+@picture
+def reuse_by_step(program: Program) -> Picture | None:
+    """TimeRipple's saving in each layer over the steps of the sampled videos."""
+    found = program.history.measured.get("reuse")
+    if not found or not found["steps"]:
+        return None
+    layers = list(found["steps"][0]["layers"])
     data = {
-        "labels": [f"{step.name} ({step.first} to {step.last})" for step in steps],
-        "unit": "density",
-        "series": [{"name": "mean density of the attentions", "values": values}],
+        "rows": [layer.rsplit("/", 1)[0] for layer in layers],
+        "columns": [f"{step['timestep']:.4g}" for step in found["steps"]],
+        "values": [[step["layers"].get(layer) for step in found["steps"]] for layer in layers],
+        "unit": "share of the score arithmetic that is saved",
     }
-    return Picture("Budget over steps", "bars", data, "1 is dense.")
+    return Picture("Scores reused by layer and step", "heatmap", data, "Columns are timesteps, the first on the left.")
 
 
 @picture
@@ -168,28 +209,6 @@ def bits_and_loss(program: Program) -> list[Picture]:
     return [
         Picture("Bits against loss", "points", data, "Further left and further down is better."),
         Picture("Bits of the cache by layer", "heatmap", bits, "Columns are layers."),
-    ]
-
-
-@picture
-def activations_and_rotation(program: Program) -> list[Picture]:
-    """How large the channels of activations are before and after a rotation."""
-    found = program.profile.measured.get("activation_spread") or {}
-    return [
-        Picture(
-            f"Activations before and after rotation: {place}",
-            "points",
-            {
-                "x": "share of the channels, the largest first",
-                "y": "largest magnitude over the mean",
-                "series": [
-                    {"name": name, "line": True, "points": [[i / (len(v) - 1), x] for i, x in enumerate(v)]}
-                    for name, v in spread.items()
-                ],
-            },
-            "A flat line has no outliers to spend bits on.",
-        )
-        for place, spread in found.items()
     ]
 
 
@@ -230,7 +249,8 @@ def _masks(view: GraphView, node: Any) -> Tensor | None:
 
 
 def _shrunk(keep: Tensor) -> Tensor:
-    """bool [Q, K] as grey [h, w] of at most so many pixels a side, dark where any block is kept."""
+    """bool [Q, K] as colours [h, w, 3] of at most so many pixels a side, blue where any block is kept."""
     step = max(1, -(-max(keep.shape) // _MOST_PIXELS))
-    pooled = torch.nn.functional.max_pool2d(keep[None].float(), step, ceil_mode=True)[0]
-    return (255 - pooled * 215).to(torch.uint8)
+    pooled = torch.nn.functional.max_pool2d(keep[None].float(), step, ceil_mode=True)[0].bool()
+    colours = torch.tensor([[238, 241, 246], [29, 95, 191]], dtype=torch.uint8)
+    return colours[pooled.long()]

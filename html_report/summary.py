@@ -69,7 +69,8 @@ def _bytes(program: Program, measured: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
     for name, after in now.items():
         first = before.get(name)
-        note = f"{first / after:.2f}x smaller" if first and after and first != after else ""
+        ratio = first / after if first and after else 1.0
+        note = "" if abs(ratio - 1) < 0.005 else f"{ratio:.2f}x smaller" if ratio > 1 else f"{1 / ratio:.2f}x larger"
         rows.append(figure(name, f"{first / 1e6:.1f} MB" if first is not None else "-", f"{after / 1e6:.1f} MB", note))
     return rows
 

@@ -180,6 +180,41 @@ def test_pictures_of_a_budget(data):
     assert heat["columns"] == ["q", "k", "v", "o", "gate", "up", "down"]
 
 
+def test_pictures_of_what_methods_measured(tmp_path):
+    program = gw.load(saved(quantized(), tmp_path))
+    program.profile.measured |= {
+        "astraea": {"table": [20, 10, 10, 20], "budget": 0.75},
+        "kvtuner": {
+            "trials": [{"bits": 4.0, "value": 0.2}, {"bits": 8.0, "value": 0.1}],
+            "front": [{"bits": 4.0, "value": 0.2}],
+            "bits": 4.0, "value": 0.2, "limit": 5.0, "objective": "loss", "table": [[4, 2], [8, 8]],
+        },
+    }  # fmt: skip
+    program.history.measured["reuse"] = {
+        "steps": [{"timestep": 1000.0, "layers": {"blocks.0/attention[0]": 0.1}}, {"timestep": 500.0, "layers": {}}]
+    }
+    found = {each["title"]: each for each in page_data(program)["pictures"]}
+    assert found["Tokens computed by step"]["series"][0]["values"] == [1.0, 0.5, 0.5, 1.0]
+    assert found["Scores reused by layer and step"]["values"] == [[0.1, None]]
+    assert found["Bits of the cache by layer"]["values"] == [[4, 8], [2, 8]]
+    assert [each["name"] for each in found["Bits against loss"]["series"]] == ["tables tried", "Pareto front", "chosen"]
+
+
+def test_masks_and_frames_of_a_video(tmp_path):
+    from graphwright.html_report.method_pictures import _shrunk
+
+    blue = _shrunk(torch.eye(4, dtype=torch.bool))[..., 0] < 100
+    assert torch.equal(blue, torch.eye(4, dtype=torch.bool))
+    assert max(_shrunk(torch.ones(300, 300, dtype=torch.bool)).shape) <= 128
+    program = gw.load(saved(quantized(), tmp_path))
+    frame = [(0, png_address(torch.zeros(4, 4, 3, dtype=torch.uint8)))]
+    program.history.measured["video_frames"] = [{"dense": frame, "rewritten": frame}]
+    picture = page_data(program)["pictures"][-1]
+    assert [row["label"] for row in picture["rows"]] == ["dense", "rewritten"]
+    assert picture["rows"][0]["images"][0]["source"].startswith("data:image/png;base64,")
+    assert "video_frames" not in program.report().to_json()["measured"]
+
+
 def test_a_method_adds_a_picture_with_one_function(monkeypatch):
     monkeypatch.setattr("graphwright.html_report.picture.PICTURES", list(PICTURES))
     from graphwright.html_report import picture as module

@@ -63,7 +63,7 @@ export class GraphPart {
     this.chosen = null;
     this.slider.max = this.model.final;
     this.slider.disabled = this.model.final === 0;
-    const options = [["previous", "the pass before"], ["0", this.model.steps[0].name], ["none", "nothing"]];
+    const options = [["0", this.model.steps[0].name], ["previous", "the pass before"], ["none", "nothing"]];
     if (this.model.canonical > 0 && this.model.canonical < this.model.final) options.unshift([String(this.model.canonical), "canonical"]);
     this.compareList.replaceChildren(...options.map(([value, text]) => h("option", { value }, text)));
     this.setStep(this.model.final);
