@@ -109,7 +109,7 @@ class Astraea(Method):
         levels = {f"level_{level}": level for level in range(LEVELS + 1)}
         names = [_WHOLE, *levels]
         with workshop.progress.stage("blocks for each budget"):
-            variants = workshop.variants(names, lambda context: self._decided(context, {_WHOLE: LEVELS, **levels}))
+            variants = workshop.variants(names, lambda context: self.decide_levels(context, {_WHOLE: LEVELS, **levels}))
         failed = [d.reason for d in variants.program.decisions if d.status != "kept"]
         if failed or not variants.program.decisions:
             raise InvalidArgument(f"ASTRAEA finds no block that it can rewrite: {(failed or ['there is none'])[0]}")
@@ -164,9 +164,10 @@ class Astraea(Method):
             raise InvalidArgument("ASTRAEA follows the steps of a denoiser: use capture_denoiser")
         table = self.budgets(1 + max(max(known.steps) for known in context.steps.values()))
         context.measured["astraea"] = {"table": list(table), "budget": sum(table) / len(table) / FULL}
-        return self._decided(context, {name: table[known.first] for name, known in context.steps.items()})
+        return self.decide_levels(context, {name: table[known.first] for name, known in context.steps.items()})
 
-    def _decided(self, context: Context, budgets: Mapping[str, int]) -> list[Decision]:
+    def decide_levels(self, context: Context, budgets: Mapping[str, int]) -> list[Decision]:
+        """One decision a block and phase, of the phase's budget in tenths."""
         decisions = []
         for phase, sites in context.sites.items():
             view = GraphView(context.phases[phase])

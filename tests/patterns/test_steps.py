@@ -70,3 +70,36 @@ def test_timesteps_that_do_not_fall_are_refused(timesteps, reason):
 
 def test_timesteps_may_be_a_tensor():
     assert checked_timesteps(torch.tensor([3, 1])) == [3.0, 1.0]
+
+
+def test_steps_of_one_label_share_a_range():
+    timesteps = [1000.0 - 100 * step for step in range(6)]
+    ranges = step_ranges(timesteps, [Schedule(1, 6, (), (10, 5, 0, 5, 5, 0))])
+    assert [(r.name, r.steps) for r in ranges] == [("dense", [0]), ("sparse_1", [1, 3, 4]), ("sparse_2", [2, 5])]
+    first = ranges[1]
+    assert (first.at_least, first.at_most) == (850.0, 950.0)
+    assert [(span.at_least, span.at_most) for span in first.more] == [(550.0, 750.0)]
+    assert first.middle == 3
+    # With another method the ranges are cut at its edges too, and only steps that are alike for both share one.
+    both = step_ranges(timesteps, [Schedule(1, 6, (), (10, 5, 0, 5, 5, 0)), Schedule(4, 6)])
+    assert [r.steps for r in both] == [[0], [1, 3], [2], [4], [5]]
+
+
+def test_a_range_without_labels_is_never_joined():
+    ranges = step_ranges([5.0, 4.0, 3.0, 2.0, 1.0], [Schedule(1, 4, (2, 3))])
+    assert [(r.name, r.steps) for r in ranges] == [
+        ("dense", [0]), ("sparse_1", [1]), ("sparse_2", [2]), ("sparse_3", [3]), ("dense_tail", [4])
+    ]  # fmt: skip
+
+
+def test_a_phase_of_several_ranges_holds_in_each():
+    from graphwright.phases import plan_steps
+
+    timesteps = [1000.0 - 100 * step for step in range(6)]
+    plans = plan_steps("t", step_ranges(timesteps, [Schedule(1, 6, (), (10, 5, 0, 5, 5, 0))]))
+    taken = [
+        next(plan.name for plan in plans if all(c.holds({"t": timestep}) for c in plan.conditions))
+        for timestep in timesteps
+    ]
+    assert taken == ["dense", "sparse_1", "sparse_2", "sparse_1", "sparse_1", "sparse_2"]
+    assert str(plans[1].conditions[0]) == "t[0] >= 850 and t[0] <= 950 or t[0] >= 550 and t[0] <= 750"
