@@ -204,8 +204,7 @@ def test_nothing_is_wider_than_a_phone(visit, name):
     assert page.evaluate("document.documentElement.scrollWidth") <= SIZES["narrow"][0]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("size", "scheme"), [("wide", "light"), ("narrow", "dark")])
 def test_axe_finds_no_serious_barrier(visit, size, scheme):
     page = visit("quantized", size, scheme)
     find(page, "int8_linear")

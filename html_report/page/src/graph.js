@@ -200,7 +200,7 @@ export class GraphPart {
   }
 
   layout(from, to, status, counts, without) {
-    const view = { open: this.open, status, counts: without ? counts.map((each) => ({ ...each, [without]: 0 })) : counts, row: (i) => this.model.at(i, status.get(i) === "removed" ? from : to), edges: this.edges(from, to, status) };
+    const view = { open: this.open, status, counts: without ? counts.map((each) => ({ ...each, [without]: 0 })) : counts, row: (i) => this.model.at(i, status.get(i) === "removed" ? from : to), edges: () => this.edges(from, to, status), kept: this.model.kept(`${from} ${to} ${without}`) };
     return layout(this.model, view);
   }
 

@@ -28,12 +28,23 @@ const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}â€
 /**
  * Lay out what is to be seen.
  * @param model the phase
- * @param view { open: Set of group ids, status: Map node -> status, counts: by group, rows(i): the node as it is drawn, edges: [[from, to, status]] }
+ * @param view { open: Set of group ids, status: Map node -> status, counts: by group, row(i): the node as it is drawn,
+ *   edges(): [[from, to, status]], kept: an object that stays the same for views that differ in what is open only }
  * @returns the outermost box: { w, h, items, edges } with items that may be open groups themselves
  */
 export function layout(model, view) {
-  const lifted = liftEdges(model, view);
-  return box(model, view, lifted, 0);
+  const { kept } = view;
+  kept.lifted ??= liftEdges(model, view);
+  kept.boxes ??= new Map();
+  return box(model, view, kept.lifted, 0);
+}
+
+/** The box of a group, as it was laid out before if the same groups in it were open: opening one lays out those around it. */
+function box(model, view, lifted, id) {
+  const key = `${id} ${[...view.open].filter((other) => model.groups[other].chain.includes(id)).sort((a, b) => a - b)}`;
+  const { boxes } = view.kept;
+  if (!boxes.has(key)) boxes.set(key, layOut(model, view, lifted, id));
+  return boxes.get(key);
 }
 
 /** Each edge at the innermost group that holds both ends, between members of it; and where it enters open groups. */
@@ -41,7 +52,7 @@ function liftEdges(model, view) {
   const inside = new Map();
   const entering = new Map();
   const chain = (i) => [...model.groups[model.nodes[i].parent].chain.map((id) => -1 - id), i];
-  for (const [from, to, status] of view.edges) {
+  for (const [from, to, status] of view.edges()) {
     const [a, b] = [chain(from), chain(to)];
     let k = 0;
     while (a[k] === b[k]) k++;
@@ -59,7 +70,7 @@ function add(map, group, key, edge) {
   else if (known.status !== edge.status) known.status = "same";
 }
 
-function box(model, view, lifted, id) {
+function layOut(model, view, lifted, id) {
   const group = model.groups[id];
   const items = new Map();
   for (const child of group.groups) {

@@ -29,6 +29,13 @@ export class PhaseModel {
     this.strings = strings;
     this.states = new Map();
     this.differences = new Map();
+    this.layouts = new Map();
+  }
+
+  /** Where the layouts of one comparison are kept. */
+  kept(key) {
+    if (!this.layouts.has(key)) this.layouts.set(key, {});
+    return this.layouts.get(key);
   }
 
   get final() {
