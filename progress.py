@@ -39,6 +39,7 @@ class Progress:
             transient=True,
         )
         self._task: int | None = None
+        self._name = ""
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -52,14 +53,16 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[None]:
         """Show a stage while the body runs; `total` is its number of steps, None where that is not known."""
-        outer, self._task = self._task, self._bar.add_task(name, total=total)
+        outer, self._task = (self._task, self._name), self._bar.add_task(name, total=total)
+        self._name = name
         try:
             yield
         finally:
             self._bar.remove_task(self._task)  # pyright: ignore[reportArgumentType]
-            self._task = outer
+            self._task, self._name = outer
 
-    def step(self) -> None:
-        """One step of the current stage is done."""
+    def step(self, note: str = "") -> None:
+        """One step of the current stage is done; a note stands beside the stage's name until the next one."""
         if self._task is not None:
-            self._bar.advance(self._task)  # pyright: ignore[reportArgumentType]
+            described = {"description": f"{self._name}, {note}"} if note else {}
+            self._bar.update(self._task, advance=1, **described)  # pyright: ignore[reportArgumentType]
