@@ -32,6 +32,7 @@ from .profiles.measure import measure_sites
 from .profiles.method import Context, Method, method_named
 from .profiles.profile import Profile, data_hash, fingerprint, hardware, versions
 from .profiles.reuse_figures import channel_groups, reuse_figures, reuses
+from .profiles.rotation_figures import rotation_figures
 from .program import Program
 from .progress import Progress
 from .report import Inspection
@@ -151,6 +152,7 @@ def optimize(
         with bar.stage("rewrite"):
             program = build(prepared, result, final=True)
         _measure_attention(program, inputs, bar)
+        _measure_rotations(program, inputs)
         compare_outputs(program, recorded, bar)
         return program
 
@@ -173,6 +175,18 @@ def _measure_attention(program: Program, inputs: Mapping[str, list[list[Any]]], 
                     figures |= {"type": [names[row] for row in rows]} if names else {}
                 decision.figures |= figures
             bar.step()
+
+
+def _measure_rotations(program: Program, inputs: Mapping[str, list[list[Any]]]) -> None:
+    """Note the channels of rotated streams before and after, in one phase: prefill, which computes most at once."""
+    for decision in program.decisions:
+        rotation = program.profile.tensors.get(str(decision.options.get("rotation")))
+        first = "prefill" if "prefill" in program.phases else next(iter(program.phases))
+        wanted = decision.pass_name == "rotate" and decision.status == "kept" and decision.phase == first
+        if wanted and rotation is not None and inputs.get(first):
+            exported = program.phases[first].exported
+            found = rotation_figures(exported, inputs[first][0], rotation)
+            decision.figures = decision.figures | found  # the phases of a place may share one record of figures
 
 
 def _steps(captured: Captured, methods: Sequence[Method]) -> list[StepRange]:

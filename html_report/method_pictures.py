@@ -213,6 +213,25 @@ def bits_and_loss(program: Program) -> list[Picture]:
 
 
 @picture
+def channels_and_rotation(program: Program) -> list[Picture]:
+    """How large the channels of a residual stream are before and after its rotation."""
+    pictures = []
+    for decision in program.decisions:
+        curves = {name: decision.figures.get(f"channels {name}") for name in ("unrotated", "rotated")}
+        series = [
+            {"name": name, "line": True, "points": [[i / (len(v) - 1), x] for i, x in enumerate(v)]}
+            for name, v in curves.items()
+            if v and len(v) > 1
+        ]
+        if len(series) == 2:
+            title = f"Channels of the residual stream before and after rotation, {decision.phase}"
+            data = {"x": "share of the channels, the largest first", "y": "largest magnitude over the mean"}
+            caption = "Of the norms' outputs on calibration. A flat line has no outliers to spend bits on."
+            pictures.append(Picture(title, "points", data | {"series": series, "level": 1.0}, caption))
+    return pictures
+
+
+@picture
 def video_frames(program: Program) -> list[Picture]:
     """Frames of the dense program's video above those of the rewritten one's."""
     pictures = []
