@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .profiles.dartquant import DartQuant
     from .profiles.int8 import Int8
     from .profiles.kvtuner import KVTuner
+    from .profiles.losa import LoSA
     from .profiles.method import Method, methods
     from .profiles.outstanding import OutstandingSparse
     from .profiles.presets import preset
@@ -54,6 +55,7 @@ _HOME = {
     "GraphwrightError": "errors",
     "Int8": "profiles.int8",
     "KVTuner": "profiles.kvtuner",
+    "LoSA": "profiles.losa",
     "Method": "profiles.method",
     "OutstandingSparse": "profiles.outstanding",
     "Phase": "phases",
@@ -84,6 +86,7 @@ __all__ = [
     "GraphwrightError",
     "Int8",
     "KVTuner",
+    "LoSA",
     "Method",
     "OutstandingSparse",
     "Phase",

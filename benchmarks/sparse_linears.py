@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from graphwright.kernels.nm_sparsify import nm_sparsify
 from graphwright.patterns.linear import LinearSite
 from graphwright.prepare import Prepared, prepare, with_exact
 from graphwright.profiles.amber import AmberPruner
+from graphwright.profiles.losa import LoSA
 from graphwright.profiles.method import Context
 from graphwright.profiles.outstanding import OutstandingSparse
 from graphwright.profiles.profile import fingerprint
@@ -59,6 +61,7 @@ class Setting:
     Attributes:
         prepared: Canonical phases.
         texts, evaluation: Windows of tokens [n, 512].
+        only, folder: Settings of LoSA to run, and where their runs are kept.
     """
 
     def __init__(self, layers: int | None, texts: int, windows: int) -> None:
@@ -66,6 +69,8 @@ class Setting:
         tokenizer = load_tokenizer()
         self.texts = token_windows(tokenizer, read_text("calibration"), WINDOW, texts)
         self.evaluation = token_windows(tokenizer, read_text("evaluation"), WINDOW, windows)
+        self.only: list[str] = []
+        self.folder: Path | None = None
 
     def decide(self, method: gw.Method) -> tuple[gw.Program, dict[str, Any]]:
         """A program under a method, without measuring sites."""
@@ -159,16 +164,14 @@ def outstanding(setting: Setting) -> None:
     setting.line("outstanding | dense", setting.program([]))
     for name, method in {
         "Amber 8:16": AmberPruner(),
-        "8:16 and int8": OutstandingSparse(),
-        "8:16 and int8, not scaled": OutstandingSparse(direction="none"),
-        "8:16 and int8, SmoothQuant's way": OutstandingSparse(direction="smooth"),
-        "8:16 and int8, alpha 0.5": OutstandingSparse(alpha=0.5),
-        "8:16 and int8, factors of the original": OutstandingSparse(factors_from="original"),
-        "8:16 and int8, magnitudes": OutstandingSparse(scoring="none"),
-        "8:16, magnitudes, no int8": OutstandingSparse(scoring="none", int8_roles=()),
-        "8:16, magnitudes, not scaled, no int8": OutstandingSparse(scoring="none", int8_roles=(), direction="none"),
-        "8:16 and int8 everywhere": OutstandingSparse(int8_error=10.0),
-        "8:16 and int8 below 0.02": OutstandingSparse(int8_error=0.02),
+        "widened (paper), int8 up to 0.02": OutstandingSparse(int8_error=0.02),
+        "widened, int8 up to 0.03": OutstandingSparse(int8_error=0.03),
+        "not scaled, int8 up to 0.03": OutstandingSparse(direction="none", int8_error=0.03),
+        "smoothed, alpha 0.5, int8 everywhere": OutstandingSparse(direction="smooth", alpha=0.5, int8_error=1.0),
+        "widened, int8 everywhere": OutstandingSparse(int8_error=1.0),
+        "widened, no int8": OutstandingSparse(int8_roles=()),
+        "widened, magnitudes, no int8": OutstandingSparse(scoring="none", int8_roles=()),
+        "not scaled, magnitudes, no int8": OutstandingSparse(scoring="none", int8_roles=(), direction="none"),
     }.items():
         program, record = setting.decide(method)
         errors = sorted(record.get("int8", {"": 0.0}).values())
@@ -176,7 +179,7 @@ def outstanding(setting: Setting) -> None:
         whole = sum(
             "quantize" in d.pass_name and d.status == "kept" and d.phase == "prefill" for d in program.decisions
         )
-        about = f"{whole} int8 sites, error {middle:.4f}, worst {high} | skip {record['skipped_layers']}"
+        about = f"{whole} int8 sites, error {middle:.4f}, worst {[round(e, 3) for e in high]}"
         setting.line(f"outstanding | {name}", program, about)
 
 
@@ -200,11 +203,59 @@ def operator(setting: Setting) -> None:
             )
 
 
+def losa_methods() -> dict[str, LoSA]:
+    """Settings that are compared, each with as many updates in all."""
+    plain = {"samples": 16, "lr": 1e-3, "checkpointing": False}
+    return {
+        "wanda60": LoSA(steps=1, train_steps=0, rates="uniform", samples=16),
+        "losa60": LoSA(train_steps=60, **plain),
+        "oneshot60": LoSA(steps=1, train_steps=300, rates="uniform", ranks="uniform", rank=(8, 8), **plain),
+        "unmasked60": LoSA(
+            steps=1, train_steps=300, rates="uniform", ranks="uniform", rank=(8, 8), masked=False, **plain
+        ),
+        "wanda50": LoSA(sparsity=0.5, steps=1, train_steps=0, rates="uniform", samples=16),
+        "losa50": LoSA(sparsity=0.5, train_steps=60, **plain),
+        "sparsegpt60": LoSA(steps=1, train_steps=0, rates="uniform", samples=16, pruner="sparsegpt"),
+        "wanda816": LoSA(pattern=(8, 16), steps=1, train_steps=0, samples=16),
+        "wanda24": LoSA(pattern=(2, 4), steps=1, train_steps=0, samples=16),
+        "losa24": LoSA(pattern=(2, 4), train_steps=60, **plain),
+        "uniform60": LoSA(steps=1, train_steps=0, rates="uniform", samples=16),
+        "similarity60": LoSA(steps=1, train_steps=0, samples=16),
+        "reversed60": LoSA(steps=1, train_steps=0, rates="reversed", samples=16),
+    }
+
+
+def losa(setting: Setting) -> None:
+    """LoSA against its baselines; a run that is interrupted goes on where it was, if --folder is given."""
+    texts = token_windows(load_tokenizer(), read_text("calibration"), LOSA_WINDOW)
+    calls = [[text[None].contiguous(), torch.arange(LOSA_WINDOW)] for text in texts]
+    prepared = setting.prepared
+    for name, method in losa_methods().items():
+        if setting.only and name not in setting.only:
+            continue
+        folder = None if setting.folder is None else setting.folder / name
+        method = method.model_copy(update={"folder": folder, "save_every": 20})
+        started = time.perf_counter()
+        context = Context(prepared.exported, prepared.sites, {"prefill": calls}, prepared.captured.facts)
+        decisions = method.decide(context)
+        record = context.measured["losa"]
+        seconds = sum(s["prune_seconds"] + s.get("train_seconds", 0) for s in record["steps"])
+        about = f"{record['zeros']:.4f} zeros | {seconds:.0f} s in all, {time.perf_counter() - started:.0f} s now"
+        program = setting.program(decisions, context.tensors)
+        setting.line(f"losa | {name}", program, about)
+        last = record["steps"][-1]
+        print(f"  rates {[round(r, 3) for r in last['rates']]}\n  ranks {last['ranks']}", flush=True)
+
+
+LOSA_WINDOW = 256
+"""Tokens of a text that is trained on: short, for more updates of the few texts that ship here."""
+
 PARTS: dict[str, Callable[[Setting], None]] = {
     "amber": amber,
     "skipping": skipping,
     "frontier": frontier,
     "outstanding": outstanding,
+    "losa": losa,
     "operator": operator,
 }
 
@@ -215,10 +266,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--windows", type=int, default=4, help="windows of 512 tokens for the perplexity")
     parser.add_argument("--texts", type=int, default=4, help="windows of 512 tokens for calibration")
+    parser.add_argument("--only", nargs="*", default=[], help="settings of losa, by name")
+    parser.add_argument("--folder", type=Path, help="where losa keeps its runs, to go on from")
     options = parser.parse_args()
     started = time.perf_counter()
     with one_thread():
         setting = Setting(options.layers, options.texts, options.windows)
+        setting.only, setting.folder = options.only, options.folder
         for part in options.parts:
             PARTS[part](setting)
     print(f"{time.perf_counter() - started:.0f} s", flush=True)

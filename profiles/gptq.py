@@ -37,7 +37,7 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, damp: float = 0.1) -> Int4
     check(weight, group)
     work = weight.detach().float().clone()
     scale = channel_scale(work, group)
-    inverse = _inverse_factor(hessian.float(), work, damp)
+    inverse = inverse_factor(hessian.float(), work, damp)
     n, k = work.shape
     values = torch.empty(n, k, dtype=torch.int8)
     steps = torch.empty(n, k // group)
@@ -62,7 +62,7 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, damp: float = 0.1) -> Int4
     return pack(values, steps.to(torch.int8), scale)
 
 
-def _inverse_factor(hessian: Tensor, weight: Tensor, damp: float) -> Tensor:
+def inverse_factor(hessian: Tensor, weight: Tensor, damp: float) -> Tensor:
     """U [K, K]; channels that are always zero keep no weight, since nothing tells what it should be."""
     diagonal = hessian.diagonal().clone()
     dead = diagonal == 0

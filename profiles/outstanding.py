@@ -2,10 +2,10 @@
 
 1. Channels are scaled, exactly, by folding into what makes them and what reads them (`passes/widen_channels.py`):
 
-       s[j] = max|W[:, j]|^(1 - alpha) / max|x[:, j]|^alpha,     x' = x s,  W' = W / s        alpha = 0.10 (paper)
+       s[j] = max|x[:, j]|^alpha / max|W[:, j]|^(1 - alpha),     x' = x s,  W' = W / s        alpha = 0.10 (paper)
 
-   This is the inverse of SmoothQuant's scale: activations of channels with large weights get wider, so that magnitudes
-   tell channels apart, and the weights get flatter. What reads one activation shares its scale.
+   SmoothQuant divides by this s; the paper multiplies by it: large channels get larger still, so that magnitudes tell
+   channels apart. What reads one activation shares its scale.
 2. Inputs become n:m sparse where Amber Pruner would have them, ranked on x' and W'.
 3. Linears multiply in int8, dynamic W8A8, in all phases; those whose own output int8 changes most stay as they are. It
    is the sensitivity test of sparsity (`sparsity_sensitivity.py`), with another variant.
@@ -202,7 +202,7 @@ def scale_of(activation: Tensor, weight: Tensor, alpha: float) -> Tensor:
     a channel is dead.
     """
     alive = (activation > 0) & (weight > 0) & activation.isfinite()
-    logs = (1 - alpha) * weight.clamp_min(1e-30).log() - alpha * activation.clamp_min(1e-30).log()
+    logs = alpha * activation.clamp_min(1e-30).log() - (1 - alpha) * weight.clamp_min(1e-30).log()
     if not alive.any():
         return torch.ones_like(logs)
     return torch.where(alive, (logs - logs[alive].mean()).clamp(-8, 8).exp(), 1.0)

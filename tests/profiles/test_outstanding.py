@@ -100,7 +100,7 @@ def test_factors_and_directions():
 def test_the_scale_follows_the_formula():
     activation, weight = torch.tensor([1.0, 100.0, 0.0, 3.0]), torch.tensor([0.5, 0.25, 1.0, 0.0])
     scale = scale_of(activation, weight, 0.1)
-    raw = weight[:2] ** 0.9 / activation[:2] ** 0.1
+    raw = activation[:2] ** 0.1 / weight[:2] ** 0.9
     torch.testing.assert_close(scale[:2], raw / raw.prod() ** 0.5)
     assert scale[2:].tolist() == [1, 1]
     assert scale_of(torch.zeros(2), torch.ones(2), 0.1).tolist() == [1, 1]
