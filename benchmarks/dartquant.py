@@ -11,6 +11,7 @@ import argparse
 import resource
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -90,11 +91,12 @@ def quantized(
     context = Context(prepared.exported, prepared.sites, {"prefill": calls(texts)}, prepared.captured.facts)
     decisions = method.decide(context)
     seconds = time.perf_counter() - started
-    prepared = Prepared(prepared.captured, prepared.phases, prepared.sites, [], dict(context.tensors))
-    changed = with_exact(prepared, decisions)
+    changed = with_exact(replace(prepared, shared=dict(context.tensors)), decisions)
     exported = copy_exported(changed.exported["prefill"])
     lossy = [decision for decision in decisions if not is_exact(decision)]
-    apply_decisions(exported, "prefill", lossy, prepared.shared).commit()
+    rewriting = apply_decisions(exported, "prefill", lossy, changed.shared)
+    assert not rewriting.failed, rewriting.failed
+    rewriting.commit()
     kept = sum(is_exact(d) and d.status == "kept" for d in decisions)
     online = sum(bool(d.options.get("hadamard")) for d in decisions)
     return logits_of(exported), {"seconds": seconds, "rotations": kept, "online": online}
