@@ -38,7 +38,7 @@ def launch_selection(x: Tensor, factors: Tensor | None, n: int, m: int) -> tuple
     quantized = torch.empty_like(tokens, dtype=torch.int8)
     token_scale = torch.empty(count, dtype=torch.float32, device=x.device)
     if count:
-        block = min(triton.next_power_of_2(k), LONGEST)
+        block = min(1 << (k - 1).bit_length(), LONGEST)
         _select_kernel[(count,)](
             tokens, tokens if factors is None else factors.contiguous(), quantized, token_scale, k, n,
             WEIGHTED=factors is not None, BLOCKS=block // m, M=m, ONE_BLOCK=k <= block,

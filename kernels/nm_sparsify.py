@@ -99,7 +99,8 @@ def _missing_on(device: torch.device) -> str | None:
 
 def require(x: Tensor, factors: Tensor | None, n: int, m: int, proved: bool = True) -> None:
     """Raise what is wrong with the arguments."""
-    facts = (x.shape, x.dtype, *((None, None) if factors is None else (factors.shape, factors.dtype)), n, m)
+    weights = (None, None) if factors is None else (factors.shape, factors.dtype)
+    facts: tuple[Any, ...] = (x.shape, x.dtype, *weights, n, m)
     if proved:
         _require_specs(*facts)
     else:

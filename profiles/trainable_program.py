@@ -179,7 +179,8 @@ class TrainableProgram:
         return found
 
     def _value(self, node: Node, held: dict[Node, Any]) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda argument: held[argument])
+        mapped: Any = map_arg((node.args, node.kwargs), lambda argument: held[argument])
+        args, kwargs = mapped
         adapter = self.adapters.get(node)
         if adapter is not None:
             active = adapter.a[: adapter.rank], adapter.b[:, : adapter.rank]
