@@ -171,6 +171,23 @@ def outstanding(setting: Setting) -> None:
         setting.line(f"outstanding | {name}", program, about)
 
 
+def decode(setting: Setting) -> None:
+    """Time of a decode step and of a prefill with compressed weights, against dense ones; one-shot Wanda, 60% zeros."""
+    tokens = setting.evaluation[:1]
+    method = LoSA(steps=1, train_steps=0, rates="uniform", samples=4)
+    sparse, record = setting.decide(method)
+    programs = {"dense": setting.program([]), "compressed": sparse}
+    for name, call in {
+        "decode": lambda p: p(tokens[:, :1], torch.tensor([tokens.shape[1] - 1])),
+        "prefill": lambda p: (p.reset(), p(tokens, torch.arange(tokens.shape[1]))),
+    }.items():
+        best = interleaved({key: (lambda p=p, call=call: call(p)) for key, p in programs.items()}, rounds=8)
+        share = best["dense"] / best["compressed"]
+        print(f"decode | {name} | {best['dense']:.4f} s dense, {best['compressed']:.4f} s: {share:.2f}x", flush=True)
+    sizes = {key: program.weight_bytes() for key, program in programs.items()}
+    print(f"decode | bytes | {sizes} | {sizes['compressed'] / sizes['dense']:.4f} | zeros {record['zeros']:.4f}")
+
+
 def operator(setting: Setting) -> None:
     """The selection beside the linear that it feeds, 512 tokens."""
     for k, n in ((576, 576), (576, 1536), (1536, 576)):
@@ -206,6 +223,8 @@ def losa_methods() -> dict[str, LoSA]:
         "sparsegpt60": LoSA(steps=1, train_steps=0, rates="uniform", samples=16, pruner="sparsegpt"),
         "wanda816": LoSA(pattern=(8, 16), steps=1, train_steps=0, samples=16),
         "wanda24": LoSA(pattern=(2, 4), steps=1, train_steps=0, samples=16),
+        "wanda816few": LoSA(pattern=(8, 16), steps=1, train_steps=0, samples=16, roles=("q", "gate", "down")),
+        "wanda24few": LoSA(pattern=(2, 4), steps=1, train_steps=0, samples=16, roles=("q", "gate", "down")),
         "losa24": LoSA(pattern=(2, 4), train_steps=40, **plain),
         "uniform60": LoSA(steps=1, train_steps=0, rates="uniform", samples=16),
         "similarity60": LoSA(steps=1, train_steps=0, samples=16),
@@ -244,6 +263,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "frontier": frontier,
     "outstanding": outstanding,
     "losa": losa,
+    "decode": decode,
     "operator": operator,
 }
 
