@@ -40,7 +40,7 @@ def native(source: str) -> ctypes.CDLL | None:
         The library; None where there is no compiler, it fails, or the cache folder is not the user's own.
     """
     compiler = _compiler()
-    if compiler is None:
+    if compiler is None or os.name != "posix":
         return None
     flags = ["-O3", "-march=native", "-shared", "-fPIC", "-x", "c"]
     if platform.machine() in ("x86_64", "AMD64"):
