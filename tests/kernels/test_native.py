@@ -1,4 +1,4 @@
-"""C functions that are compiled when they are needed: found again, left out where they cannot be made, split by rows."""
+"""C functions that are compiled when needed: found again, left out where they cannot be made, split by rows."""
 
 from __future__ import annotations
 
