@@ -7,20 +7,22 @@ token lie next to it, so what is read again is in the cache.
 # ruff: noqa: ANN001, ANN202 (the arguments of Triton kernels are pointers and scalars that Triton types itself)
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+_jit: Callable[..., Any] = triton.jit
 _ELEMENTS, _WARPS = 2048, 4
 """Tokens times channels of a program: of each an address, a value and a flag are held; twice as many can spill."""
 
 
 def block_tokens(channels: int) -> int:
     """Tokens of a program."""
-    return _ELEMENTS // max(triton.next_power_of_2(channels), 64)
+    return _ELEMENTS // max(int(triton.next_power_of_2(channels)), 64)
 
 
 def launch(
@@ -66,24 +68,24 @@ def _run(
     )  # fmt: skip
 
 
-@triton.jit
+@_jit
 def _delta(x, at, step, holds, WINDOW: tl.constexpr):
     """Standard deviation over the window that begins at these addresses."""
     one = tl.load(x + at, mask=holds, other=0.0).to(tl.float32)
     if WINDOW == 2:
         return tl.abs(one - tl.load(x + at + step, mask=holds, other=0.0).to(tl.float32)) * 0.5
     total = one
-    for k in tl.static_range(1, WINDOW):
-        total += tl.load(x + at + k * step, mask=holds, other=0.0).to(tl.float32)
+    for k in tl.static_range(WINDOW - 1):
+        total += tl.load(x + at + (k + 1) * step, mask=holds, other=0.0).to(tl.float32)
     mean = total / WINDOW
     squares = (one - mean) * (one - mean)
-    for k in tl.static_range(1, WINDOW):
-        off = tl.load(x + at + k * step, mask=holds, other=0.0).to(tl.float32) - mean
+    for k in tl.static_range(WINDOW - 1):
+        off = tl.load(x + at + (k + 1) * step, mask=holds, other=0.0).to(tl.float32) - mean
         squares += off * off
     return tl.sqrt(squares / WINDOW)
 
 
-@triton.jit
+@_jit
 def _parent(x, limit, group, root, parent, holds, size, stride, row, cs, WINDOW: tl.constexpr, SHARED: tl.constexpr):
     """The first of the window along one axis where it is flagged, else what is the parent so far."""
     at = root // stride % size
@@ -102,7 +104,7 @@ def _parent(x, limit, group, root, parent, holds, size, stride, row, cs, WINDOW:
     return tl.where(inside & (delta < limit[None, :]), start, parent)
 
 
-@triton.jit
+@_jit
 def _snap_kernel(
     x, theta, groups, factors, out, counts, H, N, frames, height, width, first,
     x_b, x_h, x_n, D: tl.constexpr,

@@ -94,7 +94,8 @@ class ReuseScores(SitePass[AttentionSite]):
             )  # fmt: skip
         else:
             query, key = self.snap.operands(site, sizes, edit)
-            rest, named = site.node.args[2:], dict(site.node.kwargs)
+            rest: Any = site.node.args[2:]
+            named = dict(site.node.kwargs)
             for name in ("query", "key"):
                 named.pop(name, None)
             assert callable(site.node.target)

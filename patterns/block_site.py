@@ -241,7 +241,8 @@ class _Stream:
                 continue
             origin = next((p for p in parents if (p in inside and p is not end) or p in left), None)
             if origin is not None:
-                left[node] = left.get(origin, origin)
+                first: Node = origin
+                left[node] = left.get(first, first)
         return None
 
     def _mixing(self, inside: set[Node], start: Node, attention: AttentionSite) -> Refusal | None:
@@ -310,7 +311,7 @@ class _Stream:
 
     def _refuse(self, node: Node, reason: str, **facts: object) -> None:
         if self.refusal is None:
-            self.refusal = self.view.refuse(node, reason, **facts)
+            self.refusal = self.view.refuse(node, reason, depth=0, **facts)
 
 
 _LIKE = frozenset({aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default})

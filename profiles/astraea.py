@@ -214,6 +214,7 @@ class Astraea(Method):
                 "tokens": self.tokens,
                 "keys": self.keys,
             },
+            reason="",
             facts=block.describe() | {"budget": f"{level / LEVELS:.1f}"},
             figures={"covers": covered},
             predicted_gain=1 - level / LEVELS,

@@ -56,7 +56,7 @@ def reuse_figures(
     with torch.no_grad():
         outputs = runner.run(*graph_arguments(exported, flat), enable_io_processing=False)
     found = {
-        site: _figures(*counts, runner.tokens[site], *groups.get(site, (["all"], [counts[0].shape[-1]])))
+        site: _figures(counts[0], counts[1], runner.tokens[site], groups.get(site, (["all"], [counts[0].shape[-1]])))
         for site, counts in runner.counts.items()
         if len(counts) == 2
     }
@@ -87,7 +87,8 @@ class _ReuseRunner(torch.fx.Interpreter):
         return result
 
 
-def _figures(query: Tensor, key: Tensor, tokens: int, names: list[str], sizes: list[int]) -> dict[str, Any]:
+def _figures(query: Tensor, key: Tensor, tokens: int, groups: tuple[list[str], list[int]]) -> dict[str, Any]:
+    names, sizes = groups
     parts = zip(names, query.split(sizes, -1), key.split(sizes, -1), strict=True)
     by_group: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for name, q, k in parts:

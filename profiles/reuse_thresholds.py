@@ -115,5 +115,7 @@ class _CountRunner(torch.fx.Interpreter):
 
 def _shares(x: Tensor, options: Mapping[str, Any]) -> Tensor:
     critical = critical_theta(x, **options).permute(1, 3, 0, 2).flatten(2).cpu()
-    places = torch.searchsorted(critical.contiguous().sort(-1).values, _THETAS.expand(*critical.shape[:2], -1).contiguous())
+    places = torch.searchsorted(
+        critical.contiguous().sort(-1).values, _THETAS.expand(*critical.shape[:2], -1).contiguous()
+    )
     return places.double() / critical.shape[2]

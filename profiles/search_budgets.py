@@ -79,7 +79,7 @@ def uniform_table(steps: int, budget: float) -> Table:
 
 def random_table(limits: Limits, rng: np.random.Generator) -> Table:
     """Any table that keeps the limits."""
-    return repair(rng.integers(0, FULL + 1, limits.steps), limits, rng)
+    return repair(rng.integers(0, FULL + 1, limits.steps).tolist(), limits, rng)
 
 
 def search_budgets(
@@ -182,7 +182,7 @@ class _Breeding:
         chance = 0.1 + (0.01 - 0.1) * min(len(tried) / max(self._wanted, 1), 1.0)
         known, table = set(tried), ()
         for _ in range(_TRIES):
-            table = repair(self._mutated(self._crossed(study, parents), chance), self._limits, self._rng)
+            table = repair(self._mutated(self._crossed(study, parents), chance).tolist(), self._limits, self._rng)
             if table not in known:
                 break
         return {name: value for name, value in _params(table).items() if name in space}
@@ -222,7 +222,7 @@ def _first_tables(limits: Limits, curve: Sequence[float], count: int, rng: np.ra
         else:
             spread = FULL * (0.4 + 0.8 * rng.random())
             noise = rng.normal(0, 0.5 + 2 * number / count, limits.steps)
-            tables.append(repair(np.rint(mean + spread * (rank - rank.mean()) + noise), limits, rng))
+            tables.append(repair(np.rint(mean + spread * (rank - rank.mean()) + noise).tolist(), limits, rng))
     return tables
 
 

@@ -59,8 +59,8 @@ def test_the_output_has_the_bits_of_atens_own(dtype):
     query, key, value = make_case(2, 4, 4, 300, 300, 64, dtype=dtype)
     expected = F.scaled_dot_product_attention(query, key, value)
     assert torch.equal(attention_lse(query, key, value)[0], expected)
-    apart = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value)]
-    assert torch.equal(attention_lse(*apart)[0], F.scaled_dot_product_attention(*apart))
+    query, key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key, value))
+    assert torch.equal(attention_lse(query, key, value)[0], F.scaled_dot_product_attention(query, key, value))
 
 
 def test_no_queries():

@@ -97,7 +97,7 @@ def test_it_equals_the_snapped_reference_to_1e_5():
     roots = [token_roots(x, theta, **grid) for x in (query, key)]
     assert all(0.5 < float((r != torch.arange(2048)).float().mean()) < 0.9 for r in roots)
     snapped = [snap_tokens(x, theta, [32], [1.0], granularity="token", **grid)[0] for x in (query, key)]
-    expected = F.scaled_dot_product_attention(*snapped, value)
+    expected = F.scaled_dot_product_attention(snapped[0], snapped[1], value)
     torch.testing.assert_close(collapsed_attention(query, key, value, *roots), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(packed_attention(query, key, value, *roots), expected, rtol=0, atol=1e-5)
 

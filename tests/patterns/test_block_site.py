@@ -139,14 +139,13 @@ class Tapped(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.first, self.second = Block(), Block()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = self.blocks
         x = x * 1.5
-        inside = first.attend(first.norm1(x))
+        inside = self.first.attend(self.first.norm1(x))
         x = x + inside
-        return second(x + first.mlp(x)), inside
+        return self.second(x + self.first.mlp(x)), inside
 
 
 def test_a_second_exit():

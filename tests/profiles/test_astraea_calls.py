@@ -71,6 +71,7 @@ def test_guidance_branches_of_one_batch_are_kept_apart(small):
     both = {name: torch.cat([inputs[name], other[name]]) for name in inputs}
     captured_both = gw.capture_denoiser(model, both, timesteps=TIMESTEPS)
     together = gw.optimize(captured_both, methods=[gw.Astraea(table=(10, 5, 5, 3, 5))], progress=False)
+    pair = last = torch.empty(0)
     for timestep in TIMESTEPS:
         pair = together(**{**both, "timestep": torch.tensor([timestep] * 2)})
         torch.testing.assert_close(pair[:1], call(program, inputs, timestep), rtol=1e-4, atol=1e-5)

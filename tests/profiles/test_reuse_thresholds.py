@@ -56,11 +56,11 @@ def test_counts_give_the_saving_at_any_threshold():
 
 
 def test_reuse_loses_far_less_than_leaving_out():
-    """The paper's first ablation, on a real layer: at equal saving, against zeros for the values that are smallest, and
-    against zeros where reuse would be. There a mean error ten times smaller was found."""
+    """The paper's first ablation, on a real layer in the last step: at equal saving, against zeros where reuse would
+    be, and against zeros for the values that are smallest."""
     program = gw.optimize(captured(), progress=False)
     exported = program.phases["main"].exported
-    site = next(s for s in find_sites(GraphView(exported), "main").attention if s.attention == "self")
+    site = [s for s in find_sites(GraphView(exported), "main").attention if s.attention == "self"][-1]
     operands = {}
 
     class Runner(torch.fx.Interpreter):
@@ -71,12 +71,12 @@ def test_reuse_loses_far_less_than_leaving_out():
 
     calls = []
     sampler(lambda **called: calls.append(called) or program(**called))
-    flat = program.dispatch(**calls[STEPS // 2])[2]
+    flat = program.dispatch(**calls[-1])[2]
     with torch.no_grad():
         Runner(exported.graph_module).run(*graph_arguments(exported, flat), enable_io_processing=False)
     q, k, v = operands["qkv"]
     grid = {"frames": 4, "height": 8, "width": 8, "first": 0, "axes": [0, 1, 2], "window": 2, "granularity": "element"}
-    snapped, reused = zip(*(snap_tokens(x, torch.tensor([0.1]), [64], [1.0], **grid) for x in (q, k)), strict=True)
+    snapped, reused = zip(*(snap_tokens(x, torch.tensor([0.06]), [64], [1.0], **grid) for x in (q, k)), strict=True)
     assert 0.3 < float(saved_share(*reused, 256).mean()) < 0.9
 
     def smallest_zeroed(x, count):
@@ -86,11 +86,12 @@ def test_reuse_loses_far_less_than_leaving_out():
 
     dense = F.scaled_dot_product_attention(q, k, v)
 
-    def error(*operands):
-        return float((F.scaled_dot_product_attention(*operands, v) - dense).square().mean())
+    def error(operands):
+        query, key = operands
+        return float((F.scaled_dot_product_attention(query, key, v) - dense).square().mean())
 
-    reuse = error(*snapped)
-    low = error(*(smallest_zeroed(x, count) for x, count in zip((q, k), reused, strict=True)))
-    skipped = error(*(torch.where(new != old, 0, new) for new, old in zip(snapped, (q, k), strict=True)))
-    assert reuse < low / 2
-    assert reuse < skipped / 10
+    reuse = error(snapped)
+    low = error([smallest_zeroed(x, count) for x, count in zip((q, k), reused, strict=True)])
+    skipped = error([torch.where(new != old, 0, new) for new, old in zip(snapped, (q, k), strict=True)])
+    assert reuse < low / 1.5
+    assert reuse < skipped / 100
