@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from .errors import InvalidArgument
-from .passes.base import pass_named
+from .passes.base import Pass, pass_named
 from .passes.decision import Decision
 from .passes.edit import copy_exported
 from .passes.hoist_order import HoistOrder
 from .passes.manager import PassManager
 from .passes.rewrite import Rewriting, agree_on_state, apply_decisions
+from .passes.stack_linears import StackLinears, common_stacks
 from .patterns.text import graph_text
 from .phases import Phase, state_of
 from .prepare import Prepared, is_exact
 from .profiles.profile import Profile
 from .program import History, Program
 
-FINISHERS = (HoistOrder(),)
-"""Exact passes over rewritten graphs, in order."""
+
+def finishers(phases: Sequence[ExportedProgram]) -> tuple[Pass, ...]:
+    """Exact passes over rewritten graphs, in order."""
+    return HoistOrder(), StackLinears(common_stacks(phases))
 
 
-def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Program:
+def build(prepared: Prepared, profile: Profile, *, final: bool = False, only: Collection[str] | None = None) -> Program:
     """Apply a profile's decisions to copies of the canonical phases.
 
     Args:
         prepared: The canonical phases; not changed.
         profile: Decisions with status "proposed" or "kept" are applied.
         final: Also run the exact passes that make a rewritten graph quicker; programs of a search do without.
+        only: Names of the phases to build, all by default; calls of the others are refused then.
 
     Returns:
         A program with state of its own. Its decisions say what became of them: a rewrite that raised is "failed".
@@ -37,24 +44,28 @@ def build(prepared: Prepared, profile: Profile, *, final: bool = False) -> Progr
     status: dict[str, tuple[str, str]] = {}
     rewritings: dict[str, Rewriting] = {}
     lossy = [decision for decision in profile.decisions if not is_exact(decision)]
-    for phase in prepared.phases:
+    wanted = [phase for phase in prepared.phases if only is None or phase.name in only]
+    for phase in wanted:
         exported = copy_exported(phase.exported)
         before[phase.name] = graph_text(exported)
         rewritings[phase.name] = apply_decisions(exported, phase.name, lossy, prepared.shared)
     agree_on_state(rewritings, lossy)
     by_step = any(_is_by_step(decision) for decision in lossy if decision.status in ("proposed", "kept"))
-    for phase in prepared.phases:
+    for phase in wanted:
         rewriting = rewritings[phase.name]
-        exported = rewriting.edit.exported
         rewriting.commit()
         if final:
             records += rewriting.records(phase.name)
-            records += PassManager(FINISHERS).run(exported, phase.name, prepared.shared)
         status |= dict.fromkeys(rewriting.changes, ("kept", ""))
         status |= {site: ("failed", reason) for site, reason in rewriting.failed.items()}
         if by_step and rewriting.failed:
             site, reason = next(iter(rewriting.failed.items()))
             raise InvalidArgument(f"{site} cannot be rewritten, and what is kept between steps needs all: {reason}")
+    last = finishers([rewriting.edit.exported for rewriting in rewritings.values()]) if final else ()
+    for phase in wanted:
+        exported = rewritings[phase.name].edit.exported
+        if final:
+            records += PassManager(last).run(exported, phase.name, prepared.shared)
         for name, tensor in state_of(exported).items():
             exported.state_dict[name] = state.setdefault(name, tensor)
         plan = phase.plan
