@@ -60,7 +60,7 @@ class OutstandingSparse(AmberPruner):
         "scaled", description="The weight whose columns rank channels: as it is multiplied, or as it was."
     )
     int8_error: float = Field(
-        0.05, ge=0, description="Largest relative error that int8 may cause at a linear's own output."
+        0.02, ge=0, description="Largest relative error that int8 may cause at a linear's own output."
     )
     int8_roles: tuple[str, ...] = Field(
         ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"), description="Roles to quantize."

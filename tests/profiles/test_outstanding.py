@@ -38,7 +38,7 @@ def logits(of: gw.Program) -> torch.Tensor:
 
 
 def test_sparse_and_int8_in_prefill_int8_elsewhere():
-    made = program(coverage=1.0)
+    made = program(coverage=1.0, int8_error=0.05)
     assert len(kept(made, "sparsify_quantize_linear")) == 6
     assert len(kept(made, "quantize_linear")) == 8
     for phase in ("decode", "extend"):
