@@ -125,7 +125,8 @@ def _nodes_of(program: Program, site_id: str, site: Site | None) -> list[tuple[G
     for phase in program.phases.values():
         view = GraphView(phase.exported)
         for node in phase.exported.graph.nodes:
-            made = node.meta.get("graphwright", {}).get("site") == site_id
+            by = node.meta.get("graphwright", {})
+            made = site_id in (by.get("site"), *by.get("sites", ()))
             if (made or node is (site and site.node)) and shape_of(node):
                 found.append((view, node))
     return found

@@ -117,10 +117,12 @@ def _join(edit: Edit, stack: Stack, nodes: list[Node]) -> None:
     dims = _STORED[first.target]
     given = {name: joined(name, dims[name]) if name in dims else value for name, value in calls[0].items()}
     y = edit.call(first.target, *given.values(), like=first)
+    made_by = [node.meta.get("graphwright", {}) for node in nodes]
+    y.meta["graphwright"] = {"pass": StackLinears.name, "sites": [by["site"] for by in made_by if "site" in by]}
     start = 0
-    for node in nodes:
+    for node, by in zip(nodes, made_by, strict=True):
         width = shape_of(node)[-1]
         part = edit.call(aten.slice.Tensor, y, -1, start, start + width, like=node, before=first)
-        part.meta["graphwright"] = node.meta.get("graphwright", {}) | {"stacked": mark}
+        part.meta["graphwright"] = dict(by)
         edit.replace(node, part)
         start += width

@@ -82,7 +82,7 @@ def test_int8_keeps_every_linear_but_the_head(quantized) -> None:
         (refused,) = [d for d in quantized.decisions if d.phase == phase and d.status == "refused"]
         assert refused.facts["role"] == "head"
         targets = [str(n.target) for n in quantized.phases[phase].exported.graph.nodes]
-        assert targets.count("graphwright.int8_linear.default") == 14
+        assert targets.count("graphwright.int8_linear.default") == 8  # two layers of qkv, o, gate and up, down
         assert targets.count("aten.linear.default") == 1
 
 
@@ -100,7 +100,7 @@ def test_int8_is_close_and_measured(canonical, quantized) -> None:
 
 
 def test_quantized_weights_are_shared_by_the_phases(quantized) -> None:
-    name = next(n for n in quantized.phases["decode"].exported.state_dict if n.endswith(".int8"))
+    name = next(n for n in quantized.phases["decode"].exported.state_dict if ".int8" in n)
     tensors = [phase.exported.state_dict[name] for phase in quantized.phases.values()]
     assert all(tensor is tensors[0] for tensor in tensors)
 

@@ -58,7 +58,7 @@ def test_the_schema_says_what_each_field_is() -> None:
     schema = json.loads(SCHEMA.read_text())
     assert schema["additionalProperties"] is False
     assert schema["required"] == ["fingerprint"]
-    assert set(schema["$defs"]) == {"Decision", "Fingerprint", "StepRange", "TensorFile"}
+    assert set(schema["$defs"]) == {"Decision", "Fingerprint", "StepRange", "StepSpan", "TensorFile"}
     assert schema["$defs"]["Decision"]["properties"]["site"]["description"]
 
 
