@@ -171,11 +171,12 @@ def graph(
 @app.command()
 def bench(
     which: Annotated[
-        str, typer.Argument(help="'spine': SmolLM2 and the int8 linear; 'video': sparse attention of a small Wan.")
+        str,
+        typer.Argument(help="'spine': SmolLM2 and the int8 linear; 'video', 'reuse': attention of a small Wan."),
     ] = "spine",
     as_json: AsJson = False,
     quick: Annotated[bool, typer.Option(help="Fewer repeats and smaller inputs; figures are rougher.")] = False,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures of 'video'.")] = Path("."),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what a table leaves.")] = Path("."),
 ) -> None:
     """Measure the figures of benchmarks/README.md anew: one thread, A and B in turn, minima."""
     from .benchmarks.run import run_table

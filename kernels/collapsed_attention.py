@@ -154,12 +154,11 @@ def _packed(roots: Tensor) -> tuple[Tensor, Tensor]:
 
 def _merge(value: Tensor, slot: Tensor, count: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weighted means of the values that share a slot, float32 ``[count, D]``, and the weights' sums ``[count]``."""
-    weight = torch.ones(len(slot), device=value.device) if bias is None else bias.exp()
-    total = weight.new_zeros(count).index_put_((slot,), weight, accumulate=True)
-    # Of few terms, in the order of the tokens also on CUDA, where a scattered sum has no order.
-    summed = value.new_zeros((count, value.shape[1]), dtype=torch.float32)
-    summed.index_put_((slot,), value.float() * weight[:, None], accumulate=True)
-    return summed / total.clamp(min=torch.finfo(torch.float32).tiny)[:, None], total
+    weight = torch.ones(len(slot)) if bias is None else bias.exp()
+    weighted = value.float() if bias is None else value.float() * weight[:, None]
+    total = torch.zeros(count).index_add_(0, slot, weight)
+    summed = torch.zeros(count, value.shape[1]).index_add_(0, slot, weighted)
+    return summed.div_(total.clamp(min=torch.finfo(torch.float32).tiny)[:, None]), total
 
 
 def packed_attention(
@@ -183,6 +182,7 @@ def packed_attention(
     slots = k_slot[:, :, None].expand(weight.shape).flatten(0, 2)
     total = torch.zeros(slots.shape, device=query.device)
     row = torch.arange(len(slots), device=query.device)[:, None].expand_as(slots)
+    # Sums of few terms, with an order also on CUDA: one that is scattered has none.
     total.index_put_((row, slots), weight.reshape(slots.shape), accumulate=True)
     weighted = (value.float()[:, :, None] * weight[..., None]).flatten(0, 2)
     summed = torch.zeros_like(weighted).index_put_((row, slots), weighted, accumulate=True)

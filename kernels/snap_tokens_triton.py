@@ -75,11 +75,11 @@ def _delta(x, at, step, holds, WINDOW: tl.constexpr):
     if WINDOW == 2:
         return tl.abs(one - tl.load(x + at + step, mask=holds, other=0.0).to(tl.float32)) * 0.5
     total = one
-    for k in tl.static_range(WINDOW - 1):
+    for k in tl.static_range(WINDOW - 1):  # pyright: ignore[reportGeneralTypeIssues] unrolled by Triton
         total += tl.load(x + at + (k + 1) * step, mask=holds, other=0.0).to(tl.float32)
     mean = total / WINDOW
     squares = (one - mean) * (one - mean)
-    for k in tl.static_range(WINDOW - 1):
+    for k in tl.static_range(WINDOW - 1):  # pyright: ignore[reportGeneralTypeIssues]
         off = tl.load(x + at + (k + 1) * step, mask=holds, other=0.0).to(tl.float32) - mean
         squares += off * off
     return tl.sqrt(squares / WINDOW)

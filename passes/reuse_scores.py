@@ -95,7 +95,7 @@ class ReuseScores(SitePass[AttentionSite]):
         else:
             query, key = self.snap.operands(site, sizes, edit)
             rest: Any = site.node.args[2:]
-            named = dict(site.node.kwargs)
+            named: dict[str, Any] = dict(site.node.kwargs)
             for name in ("query", "key"):
                 named.pop(name, None)
             assert callable(site.node.target)
