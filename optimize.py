@@ -7,7 +7,7 @@ answers its question.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -115,8 +115,8 @@ def optimize(
         else:
             inputs = calibration_inputs(prepared.exported, captured.kind, captured.facts, items)
 
-        def trial(tried: Sequence[Decision]) -> Program:
-            return build(prepared, Profile(fingerprint=found, data="", decisions=list(tried)))
+        def trial(tried: Sequence[Decision], only: Collection[str] | None = None) -> Program:
+            return build(prepared, Profile(fingerprint=found, data="", decisions=list(tried)), only=only)
 
         context = Context(
             prepared.exported, prepared.sites, inputs, captured.facts, prepared.steps, bar, trial, keep=keep

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import SymInt, Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .graph import GraphView, aten, is_call, same_size, shape_of
@@ -83,7 +83,8 @@ def analyse_mask(
         is_causal: SDPA's own flag, for an attention without a mask.
 
     Returns:
-        The fact. It is kept with the view, so a mask that many layers share is analysed once.
+        The fact. It is kept as long as the graph is and what the mask is computed from stays the same, so a mask that
+        many layers share is analysed once, whatever else is rewritten meanwhile.
     """
     if mask is None:
         if not is_causal:
@@ -92,16 +93,28 @@ def analyse_mask(
         return MaskFact(kind, every_row_sees_a_key=True, reason="is_causal is set")
     if is_causal:
         return MaskFact("unknown", reason="the attention has both a mask and is_causal")
-    known = _KNOWN.setdefault(view, {})
+    known = _KNOWN.setdefault(view.graph, {})
     question = (mask, str(queries), str(keys))
-    if question not in known:
+    source = _source(view, mask)
+    if question not in known or known[question][0] != source:
         try:
             hypothesis, samples = _prove(MaskSampler(view, mask, queries, keys))
             fact = _fact(hypothesis, samples, queries, keys)
         except Unproved as failure:
             fact = MaskFact("unknown", reason=str(failure))
-        known[question] = replace(fact, per_key=_per_key(mask), additive=is_float(mask))
-    return known[question]
+        known[question] = source, replace(fact, per_key=_per_key(mask), additive=is_float(mask))
+    return known[question][1]
+
+
+def _source(view: GraphView, mask: Node) -> tuple[Any, ...]:
+    """What a mask is computed from: its nodes with their arguments, and which tensors the stored ones are."""
+
+    def tensor(node: Node) -> tuple[int, int] | None:
+        stored = view.tensor(node) if node.op == "placeholder" else None
+        return None if stored is None else (id(stored), stored._version)
+
+    nodes = view.ancestors(mask)
+    return tuple((node, node.target, node.args, tuple(node.kwargs.items()), tensor(node)) for node in nodes)
 
 
 def _per_key(mask: Node) -> Node | None:
@@ -121,7 +134,7 @@ def _per_key(mask: Node) -> Node | None:
         mask = mask.args[0]
 
 
-_KNOWN: WeakKeyDictionary[GraphView, dict[tuple[Node, str, str], MaskFact]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Graph, dict[tuple[Node, str, str], tuple[Any, MaskFact]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Context:
         progress: Where long work shows how far it is.
         keep: "faster", or "smaller" where variants are wanted whatever their speed.
         build: Makes the program that some decisions give, for methods that search by trying; None where it cannot be.
+            A second argument names the phases that are wanted, to build faster.
         measured: Where a method leaves what it measured, by its name; it becomes the profile's.
         tensors: What decisions name: rotations, rounded weights. The method fills it, the profile keeps it.
     """
@@ -50,7 +51,7 @@ class Context:
     facts: Mapping[str, Any] = field(default_factory=dict)
     steps: Mapping[str, StepRange] = field(default_factory=dict)
     progress: Progress = field(default_factory=lambda: Progress(False))
-    build: Callable[[Sequence[Decision]], Any] | None = None
+    build: Callable[..., Any] | None = None
     measured: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keep: str = "faster"
