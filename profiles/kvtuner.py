@@ -1,9 +1,10 @@
 """KVTuner (Huawei Noah's Ark and CUHK, ICML 2025): the bits of each layer's keys and values, found once, offline.
 
-1. Sensitivity: what quantizing one layer's keys and values to each of nine pairs of 8, 4 and 2 bits does to its output
-   (`cache_sensitivity.py`). Keys matter more: their error stands in an exponent.
-2. In each layer only pairs on the Pareto front of bits and error stay, and layers that are alike share one choice
-   (`cache_groups.py`).
+1. Sensitivity: what quantizing one layer's keys and values to each of nine pairs of 8, 4 and 2 bits does to the model's
+   output (`cache_effects.py`), or, as published, to that of its attention (`cache_sensitivity.py`). Keys matter more:
+   their error stands in an exponent.
+2. In each layer only pairs on the Pareto front of bits and error stay. Layers that are alike share one choice
+   (`cache_groups.py`), as published; by its effects each layer has one of its own.
 3. NSGA-II looks for the tables with least loss and least mean bits under a limit (`search_bits.py`). Every evaluation
    builds the program with the packed cache and lets it read calibration text through it (`decode_loss.py`).
 
@@ -25,6 +26,7 @@ from ..kernels.packed_cache import BITS, FORMS, Packing
 from ..passes.decision import Decision
 from ..patterns.cache import CacheSite
 from ..patterns.graph import shape_of
+from .cache_effects import enough, measure_effects
 from .cache_groups import Group, group_layers, predicted_choices
 from .cache_sensitivity import Sensitivity, measure_sensitivity
 from .decode_loss import Divergence, block_of, decode_loss
@@ -46,7 +48,16 @@ class KVTuner(Method):
         " channels of a value, with the last block of tokens in float16.",
     )
     trials: int = Field(100, ge=1, description="Tables that the search evaluates; 100 trials in the authors' script.")
-    groups: int = Field(8, ge=1, description="Most groups of layers that get one pair each; 4 to 8 in the paper.")
+    sensitivity: Literal["effect", "attention"] = Field(
+        "effect",
+        description="What layers are judged by: what they do to the model's output, or (published) their attention's.",
+    )
+    groups: int | None = Field(
+        None,
+        ge=1,
+        description="Most groups of layers that get one pair each; 4 to 8 in the paper. None: 8, and by effects one a"
+        " layer.",
+    )
     objective: Literal["loss", "divergence"] | Callable[[Any], float] = Field(
         "loss",
         exclude=True,
@@ -112,7 +123,8 @@ class KVTuner(Method):
         if build is None:
             raise InvalidArgument("KVTuner searches by building programs, and this context builds none")
         layers = self._sensitivity(context, places)
-        groups = group_layers(layers, self.groups)
+        by_effect = self.sensitivity == "effect"
+        groups = group_layers(layers, self.groups or (len(layers) if by_effect else _PUBLISHED_GROUPS))
         objective = self._objective(context)
 
         def evaluate(table: Table) -> float:
@@ -153,8 +165,11 @@ class KVTuner(Method):
         phase = (ready or phases)[0]
         sites = [site for site in context.sites[phase].cache if site.place in places]
         inputs = context.calibration[phase]
+        measure = measure_sensitivity if self.sensitivity == "attention" else measure_effects
+        if measure is measure_effects:
+            inputs = enough(inputs)
         with context.progress.stage("sensitivity of the cache", len(sites) * len(inputs)):
-            return measure_sensitivity(context.phases[phase], sites, inputs, self.mode, context.progress.step)
+            return measure(context.phases[phase], sites, inputs, self.mode, context.progress.step)
 
     def _objective(self, context: Context) -> Callable[[Any], float]:
         if callable(self.objective):
@@ -171,6 +186,10 @@ class KVTuner(Method):
             return lambda program: decode_loss(program, texts, block)
         assert context.build is not None
         return Divergence(context.build([]), texts, block)
+
+
+_PUBLISHED_GROUPS = 8
+"""The most that the paper's tables have."""
 
 
 def _shared_places(context: Context) -> list[str]:

@@ -57,8 +57,8 @@ def search_bits(
             the sampler finds none.
         seed: Of the sampler.
         sampler: "random" draws all tables at random, for comparison.
-        starts: Tables to begin with beside uniform ones, as a place among the candidates for each group; of many, some
-            of all sizes.
+        starts: Tables to begin with beside uniform ones, as a place among the candidates for each group, by rising
+            bits: the last within the limit, and of the others some of all sizes.
         study: File that keeps the study.
         on_step: Called after each trial.
 
@@ -89,7 +89,8 @@ def search_bits(
         return known[table], table_bits(table)
 
     if not opened.trials and sampler != "random":
-        for choices in [*_uniform(groups), *_spread(starts, trials // 4)]:
+        within = [t for t in starts if table_bits(_table(groups, _choices(t))) <= limit]
+        for choices in [*map(_choices, within[-1:]), *_uniform(groups), *_spread(starts, trials // 4)]:
             opened.enqueue_trial(choices, skip_if_exists=True)
     if len(known) < trials:
         opened.optimize(objective, n_trials=_PATIENCE * trials)
@@ -141,7 +142,12 @@ def _spread(starts: Sequence[Sequence[int]], most: int) -> list[dict[str, int]]:
     """At most so many of the tables, evenly from all of them."""
     count = min(most, len(starts))
     chosen = [starts[(2 * n + 1) * len(starts) // (2 * count)] for n in range(count)]
-    return [{f"group{n}": choice for n, choice in enumerate(table)} for table in chosen]
+    return [_choices(table) for table in chosen]
+
+
+def _choices(table: Sequence[int]) -> dict[str, int]:
+    """A place among the candidates for each group, as the study names it."""
+    return {f"group{n}": choice for n, choice in enumerate(table)}
 
 
 def _nearest(candidates: Sequence[Pair], pair: Pair) -> int:
