@@ -83,7 +83,7 @@ class _Runner(Interpreter):
         self.forms = FORMS[mode]
         *self.steps, self.returned = exported.graph.nodes
         specs = exported.graph_signature.output_specs
-        self.output = next(i for i, spec in enumerate(specs) if spec.kind is OutputKind.USER_OUTPUT)
+        self.first = next(i for i, spec in enumerate(specs) if spec.kind is OutputKind.USER_OUTPUT)
 
     def walk(self, given: Sequence[Any], sites: Sequence[CacheSite]) -> Iterator[tuple[CacheSite, Effects, Effects]]:
         """Yields a site, the divergence by bits of its keys, and that by bits of its values, in the graph's order."""
@@ -118,7 +118,7 @@ class _Runner(Interpreter):
     def _logits(self) -> Tensor:
         values = self.returned.args[0]
         assert isinstance(values, list | tuple)
-        chosen = values[self.output]
+        chosen = values[self.first]
         assert isinstance(chosen, Node)
         return self.env[chosen]
 
