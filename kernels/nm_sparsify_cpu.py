@@ -33,11 +33,25 @@ from .native import native, run_split
 _PREFIX = """
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 """
 
 _SELECT = """
 typedef float Floats@M __attribute__((vector_size(4 * @L)));
 typedef int32_t Ints@M __attribute__((vector_size(4 * @L)));
+
+// One less where another score is larger.
+static inline __attribute__((always_inline)) Ints@M count_@M(Ints@M rank, int32_t other, Ints@M key) {
+#if defined(__AVX512F__) && @L == 16
+  // Compilers make two instructions of what is one: a third of the time.
+  __mmask16 larger = _mm512_cmpgt_epi32_mask(_mm512_set1_epi32(other), (__m512i)key);
+  return (Ints@M)_mm512_mask_sub_epi32((__m512i)rank, larger, (__m512i)rank, _mm512_set1_epi32(1));
+#else
+  return rank + (other > key);  // a comparison is -1 where it holds
+#endif
+}
 
 // Writes one token and returns how many channels it kept: more than its share where scores tie and TIES is 0.
 static inline __attribute__((always_inline)) int64_t
@@ -64,8 +78,7 @@ token_@M(const float *x, const float *factors, float *y, int64_t k, int n, const
     __asm__("" : "+m"(held));
 #pragma GCC unroll 32
     for (int j = 0; j < @M; ++j)
-      for (int p = 0; p < @P; ++p)  // a comparison is -1 where it holds
-        rank[p] += held[j] > (TIES ? key[p] + (lanes[p] > j) : key[p]);
+      for (int p = 0; p < @P; ++p) rank[p] = count_@M(rank[p], held[j], TIES ? key[p] + (lanes[p] > j) : key[p]);
     for (int p = 0; p < @P; ++p) {
       Ints@M keep = -rank[p] < n;
       Ints@M kept = (Ints@M)value[p] & keep;
