@@ -141,7 +141,7 @@ def optimize(
         result.tensors.update(context.tensors)
         if chosen:
             with bar.stage("measure"):
-                _measure(prepared, decisions, inputs, keep)
+                _measure(prepared, decisions, inputs, chosen if keep == "faster" else None)
             if budget is not None:
                 short = inputs
                 if captured.kind == "causal_lm":
@@ -198,10 +198,44 @@ def _steps(captured: Captured, methods: Sequence[Method]) -> list[StepRange]:
     return step_ranges(timesteps, schedules)
 
 
-def _measure(prepared: Prepared, decisions: list[Decision], inputs: Mapping[str, list[list[Any]]], keep: Keep) -> None:
-    """Error and time of every proposal at its own site; what is slower is refused."""
+def _measure(
+    prepared: Prepared,
+    decisions: list[Decision],
+    inputs: Mapping[str, list[list[Any]]],
+    faster: Sequence[Method] | None,
+) -> None:
+    """Error and time of every proposal at its own site.
+
+    Args:
+        prepared: The canonical phases.
+        decisions: They are changed.
+        inputs: By phase.
+        faster: The methods, where what is slower is to be refused, once they have said what to try in its stead.
+    """
     started = time.perf_counter()
     least: dict[Any, float] = {}
+    _measure_once(prepared, decisions, inputs, least)
+    if faster is not None:
+        methods = {method.name: method for method in faster}
+        changed = []
+        for decision in filter(_is_slower, decisions):
+            other = methods[decision.method].instead(decision) if decision.method in methods else None
+            if other is not None:
+                decision.pass_name, decision.options, decision.facts = other.pass_name, other.options, other.facts
+                changed.append(decision)
+        _measure_once(prepared, changed, inputs, least)
+        for decision in filter(_is_slower, decisions):
+            decision.status = "refused"
+            decision.reason = "measured slower than what it replaces; keep='smaller' keeps it for its memory"
+    prepared.measured["measure_seconds"] = time.perf_counter() - started
+
+
+def _measure_once(
+    prepared: Prepared,
+    decisions: Sequence[Decision],
+    inputs: Mapping[str, list[list[Any]]],
+    least: dict[Any, float],
+) -> None:
     for phase in prepared.phases:
         proposals = [d for d in decisions if d.phase == phase.name and d.status == "proposed" and not _is_by_step(d)]
         flat = inputs.get(phase.name, [])
@@ -220,9 +254,10 @@ def _measure(prepared: Prepared, decisions: list[Decision], inputs: Mapping[str,
                 decision.status, decision.reason = "failed", failed.get(decision.site, "could not be measured")
                 continue
             decision.local_error, decision.measured_gain = measure.error, measure.gain
-    if keep == "faster":
-        _refuse_slower(decisions)
-    prepared.measured["measure_seconds"] = time.perf_counter() - started
+
+
+def _is_slower(decision: Decision) -> bool:
+    return decision.status == "proposed" and decision.measured_gain is not None and decision.measured_gain < 1.0
 
 
 def _changes_state(decision: Decision) -> bool:
@@ -240,14 +275,6 @@ def _refuse_budget(decisions: Sequence[Decision]) -> None:
             f"{found.method} keeps what its sites share from step to step, so a Budget cannot roll back one of them;"
             f" set the budget of {found.method} itself"
         )
-
-
-def _refuse_slower(decisions: list[Decision]) -> None:
-    for decision in decisions:
-        gain = decision.measured_gain
-        if decision.status == "proposed" and gain is not None and gain < 1.0:
-            decision.status = "refused"
-            decision.reason = "measured slower than what it replaces; keep='smaller' keeps it for its memory"
 
 
 def _replay(prepared: Prepared, profile: Profile, found: Any) -> Program:

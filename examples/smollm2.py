@@ -26,7 +26,7 @@ from graphwright.examples.perplexity import perplexity, read_text, token_windows
 CHOICES = {
     # The published learning rate is 1e-3; this width takes 1e-2 better (docs/dartquant.md).
     "dartquant": gw.DartQuant(lr=1e-2, rotate="always"),
-    "dartquant-a8": gw.DartQuant(lr=1e-2, activation_bits=8),
+    "dartquant-a8": gw.DartQuant(lr=1e-2, activation_bits=8, weights="gptaq"),
     "amber": gw.AmberPruner(),
     "outstanding": gw.OutstandingSparse(),
     # The published rate is for thousands of rows; these few texts take a larger one (docs/sparse-linears.md).

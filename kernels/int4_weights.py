@@ -92,24 +92,31 @@ def group_reason(channels: int, group: int) -> str | None:
     return f"groups of {group} do not divide {channels} channels; {' or '.join(fitting) or 'no group'} does"
 
 
-def channel_scale(weight: Tensor, group: int) -> Tensor:
-    """The scale [N] of each channel of [N, K]: its largest group, clipped for least error, takes step 16."""
+def channel_scale(weight: Tensor, group: int, importance: Tensor | None = None) -> Tensor:
+    """The scale [N] of each channel of [N, K]: its largest group, clipped for least error, takes step 16.
+
+    `importance` [K] says what an error of each input channel costs; errors are squared then.
+    """
     groups = weight.detach().float().unflatten(1, (-1, group))
     largest = groups.abs().amax(-1).argmax(1)
     chosen = groups[torch.arange(len(groups), device=groups.device), largest]
+    costs = None if importance is None else importance.unflatten(0, (-1, group))[largest]
     top = (chosen.abs().amax(-1) / 7).clamp_min(_TINY * STEPS)
     tried = torch.stack([top * shrink for shrink in _SHRINKS])
-    errors = torch.stack([_error(chosen, scale[:, None]) for scale in tried])
+    errors = torch.stack([_error(chosen, scale[:, None], costs) for scale in tried])
     best = tried.gather(0, errors.argmin(0, keepdim=True))[0]
     return best / STEPS
 
 
-def group_steps(groups: Tensor, scale: Tensor) -> Tensor:
-    """The step, float32 [..], of groups [.., g] whose channels have a scale [..]: the one with the least error."""
+def group_steps(groups: Tensor, scale: Tensor, importance: Tensor | None = None) -> Tensor:
+    """The step, float32 [..], of groups [.., g] whose channels have a scale [..]: the one with the least error.
+
+    `importance` [g] as in `channel_scale`.
+    """
     best = torch.full(groups.shape[:-1], float("inf"), device=groups.device)
     chosen = torch.ones_like(best)
     for step in range(1, STEPS + 1):
-        error = _error(groups, (scale * step).expand(best.shape)[..., None])
+        error = _error(groups, (scale * step).expand(best.shape)[..., None], importance)
         better = error < best
         best = torch.where(better, error, best)
         chosen = torch.where(better, float(step), chosen)
@@ -121,8 +128,9 @@ def rounded(values: Tensor, scale: Tensor) -> Tensor:
     return (values / scale).round().clamp(-8, 7)
 
 
-def _error(values: Tensor, scale: Tensor) -> Tensor:
-    return (rounded(values, scale).mul_(scale).sub_(values)).abs_().pow_(_POWER).sum(-1)
+def _error(values: Tensor, scale: Tensor, importance: Tensor | None) -> Tensor:
+    error = rounded(values, scale).mul_(scale).sub_(values)
+    return error.abs_().pow_(_POWER).sum(-1) if importance is None else error.square_().mul_(importance).sum(-1)
 
 
 def pack(values: Tensor, steps: Tensor, scale: Tensor) -> Int4:

@@ -67,6 +67,10 @@ class DartQuant(Method):
     clip: float | None = Field(
         None, gt=0, le=1, description="Share of a token's range that is kept; None: 0.9 at 4 bits (published), 1 at 8."
     )
+    slow: Literal["int8", "float"] = Field(
+        "int8",
+        description="What a linear of 4 bits becomes where it is measured slower and keep='faster' is asked for.",
+    )
     rotate: Literal["auto", "always", "never"] = Field("auto", description="Rotate where it was measured to help.")
     steps: int = Field(100, ge=0, description="Updates of R1; 0 keeps every rotation at its random Hadamard start.")
     head_steps: int = Field(10, ge=0, description="Updates of each R2 (published: 5 to 10, one an epoch).")
@@ -108,6 +112,14 @@ class DartQuant(Method):
         rotations = Rotations(self, context, phase, wanted)
         rounded = self._round(context, phase, inputs, rotations, wanted)
         return [*rotations.decisions, *self._linears(context, plans, rotations.online, rounded), *self._caches(context)]
+
+    def instead(self, decision: Decision) -> Decision | None:
+        """An int8 linear, rotated by what is folded into weights only: R4 is part of the 4-bit operator."""
+        if self.slow != "int8" or decision.pass_name != "quantize_linear_int4":
+            return None
+        facts = {name: fact for name, fact in decision.facts.items() if name != "online rotation"}
+        facts["precision"] = f"W8A8, since {facts['precision']} was measured slower"
+        return decision.model_copy(update={"pass_name": "quantize_linear", "options": {}, "facts": facts})
 
     def _plan(self, site: LinearSite) -> Precision | str:
         """How a linear is to run, or why it is left as it is."""

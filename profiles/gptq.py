@@ -3,7 +3,8 @@
     H = 2 / T sum_t x_t x_t^T,     U = upper Cholesky factor of (H + damp mean(diag H) I)^-1
     for each k:   e = (w_k - round(w_k)) / U[k, k],    w_j -= e U[k, j] for all j > k
 
-The grid of a group is fixed when its first channel is reached, from the weights as they are then.
+The grid of a group is fixed when its first channel is reached, from the weights as they are then: the one for which the
+sum of error_k^2 / U[k, k]^2 is least, which is what rounding its channels one by one would cost.
 
 Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; blocks of 128 channels are its section 3.3; damping of 0.1
 is what DartQuant's script uses (0.01 in GPTQ's).
@@ -36,8 +37,9 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, damp: float = 0.1) -> Int4
     """
     check(weight, group)
     work = weight.detach().float().clone()
-    scale = channel_scale(work, group)
     inverse = inverse_factor(hessian.float(), work, damp)
+    costs = inverse.diagonal().pow(-2)
+    scale = channel_scale(work, group, costs)
     n, k = work.shape
     values = torch.empty(n, k, dtype=torch.int8)
     steps = torch.empty(n, k // group)
@@ -49,7 +51,8 @@ def gptq(weight: Tensor, hessian: Tensor, group: int, damp: float = 0.1) -> Int4
         errors = torch.empty_like(part)
         for column in range(part.shape[1]):
             if (start + column) % group == 0:
-                step = group_steps(part[:, column : column + group], scale)
+                inside = slice(start + column, start + column + group)
+                step = group_steps(part[:, column : column + group], scale, costs[inside])
                 steps[:, (start + column) // group] = step
                 grid = step * scale
             current = part[:, column]

@@ -88,6 +88,14 @@ class Method(BaseModel, ABC):
                 )
             METHODS[cls.name] = cls
 
+    def instead(self, decision: Decision) -> Decision | None:
+        """What to try where a proposal was measured slower than what it replaces; None where there is nothing.
+
+        Args:
+            decision: The proposal.
+        """
+        return None
+
     def schedule(self, steps: int) -> Schedule | None:
         """In which of a run's denoising steps the method is active; None where it treats all steps alike.
 

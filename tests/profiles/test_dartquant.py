@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from graphwright.kernels.int4_weights import dequantized, quantize_groups
 from graphwright.passes.dialects import run_functional
 from graphwright.profiles.dartquant import DartQuant
 from graphwright.profiles.gptq import gptq
+from graphwright.profiles.measure import SiteMeasure
 from graphwright.profiles.whip import fit_rotation, random_hadamard, rounding_error, whip
-from tests.models import CACHE, VOCABULARY, Mlp, captured_llama
+from tests.models import CACHE, VOCABULARY, Mlp, captured_llama, tokens
 
 TEXTS = torch.randint(0, VOCABULARY, (8, CACHE - 1), generator=torch.Generator().manual_seed(5))
 QUICK = {"steps": 3, "samples": 128, "batch": 128}
@@ -330,3 +332,33 @@ def test_the_rounded_program_in_the_profile_is_what_runs():
     assert len(packed) == 14
     assert all(made.profile.tensors[name].data_ptr() == exported.state_dict[name].data_ptr() for name in packed)
     assert run_functional(exported, [TEXTS[:1], torch.arange(TEXTS.shape[1])])[-1].isfinite().all()
+
+
+def test_what_is_slower_in_4_bits_becomes_int8(monkeypatch) -> None:
+    """Measured times decide; here they are given, so that the test does not rest on this machine's."""
+    module = importlib.import_module("graphwright.optimize")  # the name in the package is the function
+
+    def times(exported, phase, decisions, inputs, shared, least):
+        gains = {"quantize_linear_int4": 0.5, "quantize_linear": 2.0}
+        slow = {d.site: gains[d.pass_name] if d.facts["role"] == "down" else 2.0 for d in decisions}
+        return {site: SiteMeasure(0.1, 1.0, 1.0 / gain) for site, gain in slow.items()}, {}
+
+    monkeypatch.setattr(module, "measure_sites", times)
+    method = gw.DartQuant(rotate="never", weights="rtn", activation_bits=8, group=32)
+    program = gw.optimize(captured_llama(), methods=[method], calibration=[tokens(24)], progress=False)
+    for decision in program.decisions:
+        if decision.status != "kept":
+            continue
+        down = decision.facts["role"] == "down"
+        assert decision.pass_name == ("quantize_linear" if down else "quantize_linear_int4")
+        assert ("since W4A8 was measured slower" in decision.facts["precision"]) == down
+    replayed = gw.optimize(captured_llama(), profile=program.profile, progress=False)
+    ids = tokens(12)
+    assert torch.equal(program(ids, torch.arange(12)), replayed(ids, torch.arange(12)))
+    floats = gw.optimize(
+        captured_llama(),
+        methods=[method.model_copy(update={"slow": "float"})],
+        calibration=[tokens(24)],
+        progress=False,
+    )
+    assert {d.status for d in floats.decisions if d.facts["role"] == "down"} == {"refused"}
