@@ -138,7 +138,8 @@ class _StaticCacheModel(nn.Module):
             )
             for index in range(self.layers)
         ]
-        position_ids, extra = cache_position[None], dict(self._extra)
+        position_ids = cache_position[None]
+        extra: dict[str, Any] = dict(self._extra)
         if starts is not None:
             position_ids = (position_ids - starts[:, None]).clamp_min(0)
             slots = torch.arange(self.get_buffer("key_cache_0").shape[2], device=starts.device)

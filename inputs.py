@@ -94,7 +94,7 @@ class CallSignature:
     def _check_starts(self, starts: Any) -> None:
         if not isinstance(starts, Tensor) or starts.device.type != "cpu":
             return
-        if bool((starts < 0).any()) or bool((starts >= self._cache_length).any()):
+        if any(not 0 <= start < self._cache_length for start in starts.tolist()):  # pyright: ignore[reportOperatorIssue]
             raise InvalidArgument(
                 f"starts {starts.tolist()} do not lie in the captured cache of {self._cache_length} positions"
             )

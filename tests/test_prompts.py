@@ -143,7 +143,7 @@ EMPTY = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 1]])
             torch.ones(4, 4, dtype=torch.int64),
             {},
             InvalidType,
-            r"tokens must be int64 \[3, prompt\], got int64 \[6, 4\]",
+            r"tokens must be int64 \[3, prompt\], got int64 \[4, 4\]",
         ),
         (ONES.float(), {}, InvalidType, "got float32"),
         ([[1], [2], [3], [4]], {}, InvalidType, "a list of 3 prompts, got 4 prompts"),
