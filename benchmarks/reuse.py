@@ -28,7 +28,15 @@ from graphwright.passes.edit import Edit
 from graphwright.patterns.attention import AttentionSite
 from graphwright.patterns.graph import aten
 from graphwright.profiles.reuse_figures import ReuseByStep, channel_groups, reuse_figures
-from graphwright.profiles.search_budgets import FULL, Limits, evaluations, random_table, search_budgets, uniform_table
+from graphwright.profiles.search_budgets import (
+    FULL,
+    Limits,
+    evaluations,
+    random_table,
+    search_budgets,
+    skipped_table,
+    uniform_table,
+)
 from graphwright.profiles.video import Place, Proposal, VideoMethod
 from graphwright.progress import Progress
 from graphwright.quality import compare
@@ -184,6 +192,7 @@ def budgets(setting: Setting, table: Sequence[int]) -> dict[str, Any]:
         "searched, residual": gw.Astraea(table=tuple(table), residual=True),
         "uniform": gw.Astraea(table=uniform),
         "steps skipped": gw.Astraea(table=skipped_table(len(table), sum(table))),
+        "steps skipped, residual": gw.Astraea(table=skipped_table(len(table), sum(table)), residual=True),
         "fixed tokens": gw.Astraea(table=uniform, tokens="fixed"),
         "fixed tokens, searched": gw.Astraea(table=tuple(table), tokens="fixed"),
         "queries and keys": gw.Astraea(table=uniform, keys="selected"),
@@ -195,16 +204,6 @@ def budgets(setting: Setting, table: Sequence[int]) -> dict[str, Any]:
         program = gw.optimize(setting.captured, methods=[method], progress=False)
         found[name] = compare(setting.reference, setting.sample(program))
     return found
-
-
-def skipped_table(steps: int, total: int) -> tuple[int, ...]:
-    """Whole steps, evenly spread, as many as a total has room for, and a part of one."""
-    whole, rest = divmod(total, FULL)
-    kept = {round(place) for place in np.linspace(0, steps - 1, whole)} if whole > 1 else {0}
-    table = [FULL if step in kept else 0 for step in range(steps)]
-    if rest:
-        table[table.index(0)] = rest
-    return tuple(table)
 
 
 def sampling_time(setting: Setting, table: Sequence[int], rounds: int = 2) -> dict[str, float]:

@@ -77,6 +77,16 @@ def uniform_table(steps: int, budget: float) -> Table:
     return (FULL, *(int(b) - int(a) for a, b in zip(rest.round()[:-1], rest.round()[1:], strict=True)))
 
 
+def skipped_table(steps: int, total: int) -> Table:
+    """Whole steps, evenly spread, as many as a total of tenths has room for, and a part of one."""
+    whole, rest = divmod(total, FULL)
+    kept = {round(place) for place in np.linspace(0, steps - 1, whole)} if whole > 1 else {0}
+    table = [FULL if step in kept else 0 for step in range(steps)]
+    if rest:
+        table[table.index(0)] = rest
+    return tuple(table)
+
+
 def random_table(limits: Limits, rng: np.random.Generator) -> Table:
     """Any table that keeps the limits."""
     return repair(rng.integers(0, FULL + 1, limits.steps).tolist(), limits, rng)
@@ -211,12 +221,13 @@ _TRIES = 20
 
 
 def _first_tables(limits: Limits, curve: Sequence[float], count: int, rng: np.random.Generator) -> list[Table]:
-    """The uniform table, tables as the curve has it with more and more noise, and random ones, half and half."""
+    """The uniform table, whole steps skipped, and, half and half, random ones and what the curve says, with noise."""
     cost = np.array([0.0, *np.maximum(curve, 0.0)])
     rank = np.argsort(np.argsort(cost)) / max(limits.steps - 1, 1)
     mean = limits.most / limits.steps
     tables = [repair(uniform_table(limits.steps, mean / FULL), limits, rng)]
-    for number in range(count - 1):
+    tables.append(repair(skipped_table(limits.steps, limits.most), limits, rng))
+    for number in range(count - 2):
         if number % 2:
             tables.append(random_table(limits, rng))
         else:
