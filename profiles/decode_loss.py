@@ -18,6 +18,8 @@ from torch.nn import functional
 from ..errors import InvalidArgument
 from ..kernels.packed_cache import GROUP
 
+READ = ("decode", "extend")
+"""The phases that reading a text runs."""
 _ROWS = 128
 """Rows of logits that are widened and normalised at a time."""
 

@@ -29,7 +29,7 @@ from ..patterns.graph import shape_of
 from .cache_effects import enough, measure_effects
 from .cache_groups import Group, group_layers, predicted_choices
 from .cache_sensitivity import Sensitivity, measure_sensitivity
-from .decode_loss import Divergence, block_of, decode_loss
+from .decode_loss import READ, Divergence, block_of, decode_loss
 from .method import Context, Method
 from .search_bits import Sampler, Table, Trial, best_trial, pareto_front, search_bits
 
@@ -126,11 +126,12 @@ class KVTuner(Method):
         by_effect = self.sensitivity == "effect"
         groups = group_layers(layers, self.groups or (len(layers) if by_effect else _PUBLISHED_GROUPS))
         objective = self._objective(context)
+        read = None if callable(self.objective) else READ
 
         def evaluate(table: Table) -> float:
             pairs = dict(zip(places, table, strict=True))
             sites = [site for found in context.sites.values() for site in found.cache if site.place in pairs]
-            program = build([self._decision(site, pairs[site.place], "") for site in sites])
+            program = build([self._decision(site, pairs[site.place], "") for site in sites], read)
             failed = next((d for d in program.decisions if d.status == "failed"), None)
             if failed is not None:
                 raise InvalidArgument(f"KVTuner: {failed.site} cannot be quantized: {failed.reason}")
@@ -185,7 +186,7 @@ class KVTuner(Method):
         if self.objective == "loss":
             return lambda program: decode_loss(program, texts, block)
         assert context.build is not None
-        return Divergence(context.build([]), texts, block)
+        return Divergence(context.build([], READ), texts, block)
 
 
 _PUBLISHED_GROUPS = 8
