@@ -223,6 +223,45 @@ class Edit:
         self._touched.add(value)
         self._view = None
 
+    def keep_too(self, buffer: Node, value: Node) -> None:
+        """Let the program keep `value` in the state `buffer`, besides what it kept so far."""
+        if self.shadow:
+            return
+        output, specs = self.graph.output_node(), self.exported.graph_signature.output_specs
+        spec = OutputSpec(OutputKind.BUFFER_MUTATION, TensorArgument(value.name), self.view.target(buffer))
+        # What is kept precedes what is returned; behind the rest of it, so that only what is returned moves.
+        place = next((i for i, other in enumerate(specs) if other.kind is OutputKind.USER_OUTPUT), len(specs))
+
+        def counted() -> int:
+            return sum(isinstance(other, Node) for other in self._outputs()[: specs.index(spec)])
+
+        output.args = ((*self._outputs()[:place], value, *self._outputs()[place:]),)
+        specs.insert(place, spec)
+        self._shift(output, counted(), 1)
+        self._change.kept.append((value, value, {output: frozenset({counted()})}))
+
+        def remove() -> None:
+            place, first = specs.index(spec), counted() + 1
+            output.args = ((*self._outputs()[:place], *self._outputs()[place + 1 :]),)
+            del specs[place]
+            self._shift(output, first, -1)
+
+        self._change.restores.append(remove)
+        self._touched.add(value)
+        self._view = None
+
+    def _outputs(self) -> tuple[Any, ...]:
+        values = self.graph.output_node().args[0]
+        assert isinstance(values, list | tuple)
+        return tuple(values)
+
+    def _shift(self, output: Node, start: int, by: int) -> None:
+        """Let all changes know the outputs from `start` on by their new places."""
+        for change in (*self._closed, self._change):
+            for _, _, users in (*change.redirected, *change.kept):
+                if output in users:
+                    users[output] = frozenset(place + by if place >= start else place for place in users[output])
+
     def _add_placeholder(self, name: str, tensor: Tensor) -> Node:
         placeholders = self.graph.find_nodes(op="placeholder", sort=True)
         specs = self.exported.graph_signature.input_specs
