@@ -13,10 +13,11 @@ One thread of a Sapphire Rapids, 512 tokens, microseconds, 8:16 beside the float
     1536 -> 576 (down)     4416        552     13%        8300
 
 Of torch's own ways for the query, a stable sort took 3.1 ms, topk 4.0, kthvalue 3.7, median 4.1, all some ten
-nanoseconds a value whatever m is; a sorting network of minima and maxima over transposed 16-bit scores would take 0.7,
-half of it for the comparison and the product with the mask alone. In C, loops that the compiler was left to vectorise
+nanoseconds a value whatever m is; where thresholds came from a network of minima and maxima, comparing with them and
+multiplying by the mask would alone take 0.41. In C, loops that the compiler was left to vectorise
 took 1.5 ms, scores broadcast from registers 0.24, from memory 0.18, without the order of channels 0.15, counted by one
-instruction 0.12 (the rest of 0.23 are memory and the call). Without a compiler the reference runs, and sparse prefills are slower than dense ones.
+instruction 0.12 (the rest of 0.23 are memory and the call). Without a compiler the reference runs, and sparse prefills
+are slower than dense ones.
 """
 
 from __future__ import annotations

@@ -94,11 +94,18 @@ def find_layers(view: GraphView, sites: Sequence[LinearSite]) -> list[Layer]:
 def layer_redundancy(
     exported: ExportedProgram, inputs: Sequence[list[Any]], layers: Sequence[Layer], weights: Weights | None = None
 ) -> list[float]:
-    """How much each layer's input is like the others', from texts of one length; shares that sum to 1."""
+    """How much each layer's input is like the others', from texts of one length; shares that sum to 1.
+
+    Each token counts alike: its row is scaled to one root mean square, as the norm that reads it scales it. Without
+    that the first token's few huge values are all that is compared: of SmolLM2's layers, the last came out most alike.
+    """
     grams: dict[Node, Tensor] = {}
-    handlers = {
-        layer.input: _watch(layer.input, lambda node, values: grams.__setitem__(node, gram(values))) for layer in layers
-    }
+
+    def see(node: Node, values: list[Tensor]) -> None:
+        rows = [value.float() for value in values]
+        grams[node] = gram([row * row.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt() for row in rows])
+
+    handlers = {layer.input: _watch(layer.input, see) for layer in layers}
     walk(exported, inputs, handlers | _replaced(layers, weights))
     return redundancy(cka([grams[layer.input] for layer in layers])).tolist()
 
