@@ -106,7 +106,7 @@ def round_layers(
     return made
 
 
-def _output(rows: Tensor, weight: Tensor, call: tuple[Any, ...]) -> Tensor:
+def _output(rows: Tensor, weight: Tensor, call: Sequence[Any]) -> Tensor:
     """A linear's output [..., N] in its dtype, from rows [T, K] and weight [N, K] of float32."""
     y = (rows @ weight.t()).view(*call[0].shape[:-1], -1)
     bias = call[2] if len(call) > 2 else None

@@ -9,8 +9,8 @@ from torch.fx import Node
 from graphwright.errors import VerificationError
 from graphwright.passes.dialects import run_functional, verify
 from graphwright.passes.edit import Edit, copy_exported
-from graphwright.phases import state_of
 from graphwright.patterns.text import graph_text
+from graphwright.phases import state_of
 from tests.graph_text import functional
 
 aten = torch.ops.aten

@@ -16,9 +16,9 @@ from graphwright.passes.edit import copy_exported
 from graphwright.passes.rewrite import apply_decisions
 from graphwright.patterns.find import find_sites
 from graphwright.patterns.graph import GraphView
+from graphwright.patterns.text import graph_text
 from graphwright.profiles.budget import fewest_rollbacks, gains, places_by_harm
 from graphwright.profiles.measure import measure_sites, output_errors, relative_error
-from graphwright.patterns.text import graph_text
 from tests.graph_text import functional
 
 
