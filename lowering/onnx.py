@@ -1,4 +1,4 @@
-"""Lower a program to ONNX: one stateless model with state as inputs and outputs, in standard operators where they exist.
+"""Lower a program to ONNX: one stateless model, state as inputs and outputs, standard operators where they exist.
 
     attention         Attention, with is_causal and grouped heads        linear      MatMul
     RMSNorm           RMSNormalization                                   cache       ScatterElements on the input itself

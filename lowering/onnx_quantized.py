@@ -101,8 +101,7 @@ def _(
 
 def _portable_int4(edit: Edit, node: Node) -> Node:
     a = arguments_of(node)
-    values, packed = _int4_buffer(edit, a)
-    k, n = values
+    (_, n), packed = _int4_buffer(edit, a)
     name, steps = edit.view.target(a["weight"]), edit.constant(a["steps"])
     by_group = edit.buffer(f"{name}.onnx_steps", lambda: steps[:, None, :n].contiguous())
     sums = edit.buffer(f"{name}.onnx_sums", lambda: edit.constant(a["sums"]).float())

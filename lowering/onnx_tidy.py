@@ -91,3 +91,19 @@ def _forget_sources(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
+
+
+def written_in_place(model: ir.Model, interface: Interface) -> list[str]:
+    """State whose output may lie where its input lies: nothing but the write itself reads the input."""
+    graph = model.graph
+    inputs = {value.name: value for value in graph.inputs}
+    found = []
+    for place, name in enumerate(interface.state, len(interface.outputs)):
+        past, present = inputs[f"past.{name}"], graph.outputs[place].producer()
+        writes = present is not None and present.op_type in _WRITES and present.inputs[0] is past
+        if writes and len(past.uses()) == 1:
+            found.append(name)
+    return found
+
+
+_WRITES = ("ScatterElements", "ScatterND", "TensorScatter")

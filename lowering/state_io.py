@@ -8,6 +8,7 @@ The inputs follow the user's, the outputs too. An input that the model writes is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.export import ExportedProgram, ModuleCallEntry, ModuleCallSignature
@@ -23,6 +24,7 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Graph, Node
 
+from ..errors import UnsupportedLowering
 from ..torch_private import pytree
 
 
@@ -32,11 +34,13 @@ class Interface:
 
     Attributes:
         inputs: The user's inputs.
+        leaves: Which of the flat arguments they are; the others were captured as constants.
         outputs: The user's outputs.
         state: State by its qualified name -> the tensor that it starts from.
     """
 
     inputs: tuple[str, ...]
+    leaves: tuple[int, ...]
     outputs: tuple[str, ...]
     state: dict[str, Tensor]
 
@@ -57,6 +61,9 @@ def without_state(exported: ExportedProgram) -> tuple[ExportedProgram, Interface
     Args:
         exported: A functional program; it is not changed, and shares its weights with the result.
 
+    Raises:
+        UnsupportedLowering: An input is a number.
+
     Returns:
         The program, flat: its inputs and outputs are lists of tensors. And what they are.
     """
@@ -75,8 +82,15 @@ def without_state(exported: ExportedProgram) -> tuple[ExportedProgram, Interface
             state[spec.target] = spec
         else:
             (arguments if spec.kind is InputKind.USER_INPUT else weights).append(spec)
-    graph, mapping = Graph(), dict[Node, Node]()
-    placeholders = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    graph, mapping = Graph(), dict[Node, Any]()
+    placeholders = {node.name: node for node in exported.graph.find_nodes(op="placeholder", sort=True)}
+    leaves = tuple(place for place, spec in enumerate(arguments) if isinstance(spec.arg, TensorArgument))
+    for spec in arguments:
+        if isinstance(spec.arg, SymIntArgument):
+            raise UnsupportedLowering(f"input {spec.arg.name} is a number that is known when the program runs only")
+        if isinstance(spec.arg, ConstantArgument) and spec.arg.name in placeholders:
+            mapping[placeholders.pop(spec.arg.name)] = spec.arg.value
+    arguments = [arguments[place] for place in leaves]
     calls = [node for node in exported.graph.nodes if node.op in ("call_function", "get_attr")]
     for node in (*(placeholders[spec.arg.name] for spec in (*weights, *arguments, *state.values())), *calls):
         mapping[node] = graph.node_copy(node, mapping.__getitem__)
@@ -103,7 +117,7 @@ def without_state(exported: ExportedProgram) -> tuple[ExportedProgram, Interface
     )
     inputs = tuple(spec.arg.name for spec in arguments)
     outputs = tuple(f"output_{position}" if len(users) > 1 else "output" for position in range(len(users)))
-    return program, Interface(inputs, outputs, {name: exported.state_dict[name] for name in state})
+    return program, Interface(inputs, leaves, outputs, {name: exported.state_dict[name] for name in state})
 
 
 def _argument(value: object) -> TensorArgument | SymIntArgument | ConstantArgument:
