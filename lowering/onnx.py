@@ -69,6 +69,10 @@ def check_options(opset: int, ops: str) -> None:
 
 def plan(exported: ExportedProgram, ops: str = "portable") -> list[Choice]:
     """What each of graphwright's operators would become; nothing is built."""
+    from .onnx_function import as_functions
+
+    if ops == "function":
+        return as_functions(choose_all(exported.graph.nodes, "onnx", "portable"))
     return choose_all(exported.graph.nodes, "onnx", ops)
 
 
@@ -96,23 +100,39 @@ def lower_onnx(
     calls = {node.name: node for node in program.graph.nodes}
     own = [Choice(calls[choice.node.name], choice.lowering, choice.passed_over) for choice in choices]
     program, interface = without_state(apply(program, own, shared))
-    model = translate(program, ops)
+    model = translate(program)
+    if ops == "function":
+        from .onnx_function import attach
+
+        attach(model, program, _lower_one)
     from .onnx_tidy import tidy
 
     tidy(model, interface, opset)
     return OnnxModel(model, interface, tuple(choices))
 
 
-def translate(program: ExportedProgram, ops: str = "portable") -> ir.Model:
+def _lower_one(program: ExportedProgram) -> ir.Model:
+    """A program of one call, as the body of a function."""
+    from .onnx_tidy import resolve
+
+    choices = choose_all(program.graph.nodes, "onnx", "portable")
+    require(choices, "onnx")
+    model = translate(apply(program, choices))
+    resolve(model)
+    return model
+
+
+def translate(program: ExportedProgram) -> ir.Model:
     """A stateless program of ATen and carriers as a model of opset 23.
 
     Raises:
         UnsupportedLowering: torch.onnx has no translation of an operator.
     """
+    from .onnx_function import function_translations
     from .onnx_table import translations
 
     # Opset 24 extends types only, of what is emitted here; torch.onnx fuses rotary embeddings for 23 alone.
-    table = translations()
+    table = translations() | function_translations(program)
     with _quiet():
         try:
             made = torch.onnx.export(

@@ -25,6 +25,7 @@ from ..kernels.contract import Operator
 from ..kernels.int4_weights import unpack
 from ..passes.edit import Edit
 from .apply import Body, Rewrite, arguments_of
+from .bodies_linear import int4_unpacked, nm_sparsify_body
 from .onnx_carriers import int4_values, matmul_integer, pack_int4
 from .onnx_rotation import ROTATE, rotate
 from .registry import Lowering, register
@@ -45,6 +46,30 @@ def int8_body(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = No
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def nm_int8_body(
+    x: Tensor, factors: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, m: int
+) -> Tensor:
+    """`nm_int8_linear`: the selected channels through `int8_linear`."""
+    return int8_body(nm_sparsify_body(x, factors, n, m), weight, scale, bias)
+
+
+def int4_linear_body(
+    x: Tensor,
+    weight: Tensor,
+    steps: Tensor,
+    scale: Tensor,
+    sums: Tensor,
+    bias: Tensor | None = None,
+    bits: int = 8,
+    clip: float = 1.0,
+    hadamard: bool = False,
+) -> Tensor:
+    """`int4_linear`, the weight unpacked when it runs; without the rotation."""
+    values, step, zero = _on_grid(x.float(), bits, clip)
+    whole = int4_unpacked(weight, steps, scale.shape[0])
+    return _scaled(matmul_integer(values, whole), zero, sums.float(), scale, step, bias, x.dtype)
+
+
 def int4_tokens_body(
     x: Tensor,
     packed: Tensor,
@@ -56,18 +81,29 @@ def int4_tokens_body(
     clip: float,
 ) -> Tensor:
     """`int4_linear` with its integer product: x [..., K], steps int8 [K / g, 1, N], scale and sums float32 [N]."""
-    tokens, n, k = x.float(), scale.shape[0], x.shape[-1]
+    n, k = scale.shape[0], x.shape[-1]
+    tokens, step, zero = _on_grid(x.float(), bits, clip)
+    # In 32 bits, since runtimes have no product of 8-bit integers; all constant, so it is done once, when loading.
+    values = int4_values(packed, k, n).to(torch.int32).view(steps.shape[0], -1, n) * steps.to(torch.int32)
+    total = matmul_integer(tokens, values.view(k, n).to(torch.int8))
+    return _scaled(total, zero, sums, scale, step, bias, x.dtype)
+
+
+def _on_grid(tokens: Tensor, bits: int, clip: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens as uint8 with their zero added, steps and zeros [.., 1], as `kernels/token_grid.py` has them."""
     low = tokens.amin(-1, keepdim=True).clamp_max(0) * clip
     high = tokens.amax(-1, keepdim=True).clamp_min(0) * clip
     step = ((high - low) * (1 / (2**bits - 1))).clamp_min(_TINY)
     zero = (-(low / step)).round()
-    quantized = ((tokens / step).round() + zero).clamp(0, 2**bits - 1).to(torch.uint8)
-    # In 32 bits, since runtimes have no product of 8-bit integers; all constant, so it is done once, when loading.
-    values = int4_values(packed, k, n).to(torch.int32).view(steps.shape[0], -1, n) * steps.to(torch.int32)
-    total = matmul_integer(quantized, values.view(k, n).to(torch.int8)).float()
+    return ((tokens / step).round() + zero).clamp(0, 2**bits - 1).to(torch.uint8), step, zero
+
+
+def _scaled(
+    total: Tensor, zero: Tensor, sums: Tensor, scale: Tensor, step: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     # NaN where the token holds NaN or infinity.
-    y = (total - zero * sums) * scale * (step + (step - step))
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    y = (total.float() - zero * sums) * scale * (step + (step - step))
+    return (y if bias is None else y + bias.float()).to(dtype)
 
 
 @torch.library.custom_op("graphwright_onnx::int4_tokens", mutates_args=())
@@ -191,6 +227,10 @@ def _block_of(k: int) -> int:
     return next((block for block in (128, 64, 32, 16) if k % block == 0), 0)
 
 
+def _not_rotated(node: Node, operator: Operator) -> str | None:
+    return "it rotates its input, for which the weight must be stored" if arguments_of(node)["hadamard"] else None
+
+
 def _stored_only(node: Node, operator: Operator) -> str | None:
     """Packing anew needs the stored weight."""
     weight = arguments_of(node)["weight"]
@@ -254,5 +294,16 @@ register(
         _nbits_takes,
         10,
         ("ort",),
+    )
+)
+
+register(
+    Lowering(
+        "int4_linear",
+        "onnx",
+        "MatMulInteger of rounded tokens, the weight unpacked when it runs",
+        Body(int4_linear_body),
+        _not_rotated,
+        -1,
     )
 )

@@ -23,11 +23,12 @@ def tidy(model: ir.Model, interface: Interface, opset: int) -> None:
         opset: 23 or 24.
     """
     _name(model.graph, interface)
-    _give_types(model)
+    resolve(model)
     CommonSubexpressionEliminationPass()(model)
     RemoveUnusedNodesPass()(model)
     _forget_sources(model)
-    model.opset_imports[""] = opset
+    for part in (model, *model.functions.values()):
+        part.opset_imports[""] = opset
     model.ir_version = max(model.ir_version, 11 if opset == 24 else 10)
     ShapeInferencePass()(model)
     RemoveUnusedOpsetsPass()(model)
@@ -47,7 +48,7 @@ def _name(graph: ir.Graph, interface: Interface) -> None:
         value.name = name
 
 
-def _give_types(model: ir.Model) -> None:
+def resolve(model: ir.Model) -> None:
     """Packed bytes become 4-bit initializers, and the marked nodes standard ones."""
     graph = model.graph
     for node in list(graph):
@@ -83,7 +84,7 @@ def _give_types(model: ir.Model) -> None:
 
 def _forget_sources(model: ir.Model) -> None:
     """Drop torch.onnx's notes on each node: they hold the paths of the machine's files, and outweigh the graph."""
-    for node in model.graph.all_nodes():
+    for node in (node for part in (model.graph, *model.functions.values()) for node in part.all_nodes()):
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:

@@ -3,8 +3,8 @@
     (operator, target) -> lowerings, each with a validator, a priority and an emitter; or an explicit refusal
 
 A lowering is chosen for each call: of those whose validator answers None the one with the highest priority; the others'
-reasons are kept, so that a dry run can say what fell back and why. An operator that nobody registered for a target is
-lowered by the target's fallback, where it has one: its reference, traced into ATen.
+reasons are kept, so that a dry run can say what fell back and why. Where none takes a call the target's fallback is
+tried, if it has one: the operator's reference, traced into ATen.
 
 A target enters its lowerings when its module is imported (`MODULES`), so what a target can do is one import away and
 needs none of the target's libraries.
@@ -129,15 +129,15 @@ def load(target: str) -> None:
 
 
 def lowerings(operator: str, target: str, choice: str = "") -> list[Lowering]:
-    """The lowerings of an operator, the one to try first in front; the fallback only where nothing is registered."""
+    """The lowerings of an operator, the one to try first in front, the target's fallback last."""
     load(target)
     found = [
         lowering
         for lowering in _LOWERINGS.get((operator, target), [])
         if not choice or not lowering.choices or choice in lowering.choices
     ]
-    if not found and operator in OPERATORS and target in _FALLBACKS and (operator, target) not in _REFUSALS:
-        found = [_FALLBACKS[target](OPERATORS[operator])]
+    if operator in OPERATORS and target in _FALLBACKS and (operator, target) not in _REFUSALS:
+        found.append(_FALLBACKS[target](OPERATORS[operator]))
     return sorted(found, key=lambda lowering: -lowering.priority)
 
 
