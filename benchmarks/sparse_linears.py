@@ -214,8 +214,7 @@ def losa_methods() -> dict[str, LoSA]:
     return {
         "wanda60": LoSA(steps=1, train_steps=0, rates="uniform", samples=16),
         "losa60": LoSA(train_steps=40, **plain),
-        "losa60uniform": LoSA(train_steps=40, rates="uniform", **plain),
-        "losa60two": LoSA(steps=2, train_steps=100, rates="uniform", **plain),
+        "losa60two": LoSA(steps=2, train_steps=100, **plain),
         "oneshot60": LoSA(steps=1, train_steps=200, rates="uniform", ranks="uniform", rank=(8, 8), **plain),
         "unmasked60": LoSA(
             steps=1, train_steps=200, rates="uniform", ranks="uniform", rank=(8, 8), masked=False, **plain

@@ -218,6 +218,7 @@ class _Run:
         """Steps 1 to 3."""
         method, started = self.method, time.perf_counter()
         target, pattern = schedule(method.sparsity, step, method.steps), method.pattern_at(step)
+        target = target if pattern is None else 1 - pattern[0] / pattern[1]
         merged = {place: adapter.merged() for place, adapter in self.adapters.items()} or self.original
         redundant = layer_redundancy(self.exported, self.samples, self.layers, merged)
         if method.rates == "reversed":
