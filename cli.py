@@ -169,38 +169,6 @@ def graph(
 
 
 @app.command()
-def export(
-    program: Saved,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="What to write: .onnx, .pt2 (AOTInductor) or .engine (TensorRT).")
-    ],
-    ops: Annotated[str | None, typer.Option(help="For ONNX: 'portable', 'ort' or 'function'.")] = None,
-    opset: Annotated[int | None, typer.Option(help="For ONNX: 23 or 24.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what each operator would become.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write a saved program as files that run without graphwright."""
-    from .export_program import describe, plan
-    from .program_file import load
-
-    options = {name: value for name, value in (("ops", ops), ("opset", opset)) if value is not None}
-    if not dry_run:
-        _check_writable(output)
-    loaded = load(program)
-    if dry_run:
-        rows = describe(plan(loaded, output, **options))
-        print(json.dumps(rows.to_json())) if as_json else _console.print(rows)
-        return
-    files = loaded.export(output, **options)
-    sizes = {str(file): file.stat().st_size for file in files}
-    if as_json:
-        print(json.dumps(sizes))
-    else:
-        for name, size in sizes.items():
-            print(f"{name}  {size / 1e6:.1f} MB")
-
-
-@app.command()
 def bench(
     which: Annotated[
         str,

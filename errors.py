@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 
 class GraphwrightError(Exception):
     """Any error that graphwright raises on purpose; the command line prints it in one line and exits with 2."""
@@ -39,17 +37,3 @@ class MissingKernel(GraphwrightError, NotImplementedError):
 
 class MissingExtra(GraphwrightError, ImportError):
     """An optional package is not installed; the message has the pip command that brings it."""
-
-
-class UnsupportedLowering(GraphwrightError, NotImplementedError):
-    """A target cannot take an operator or a size of a program; the message names it and the way out."""
-
-
-class OffloadError(GraphwrightError, OSError):
-    """The slow memory of a program cannot take or give back what it should: a full disk, a failing file.
-
-    The call that raised it can be made again once that is mended: what was written before is kept. `tokens` has what
-    `Program.generate` had generated, prompt included, where it was that which was interrupted.
-    """
-
-    tokens: Any = None

@@ -18,8 +18,6 @@ Source: ``window_cache.py``.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -138,16 +136,7 @@ def _cuda(store: Tensor, positions: Tensor, new: Tensor, sinks: int, starts: Ten
 
 
 def _cuda_in_place(store: Tensor, positions: Tensor, new: Tensor, sinks: int, starts: Tensor | None = None) -> Tensor:
-    """The Triton kernel; positions are not looked at, since reading them would wait for the device."""
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, store.device, "triton is not installed (pip install triton)")
-    from .window_cache_append_triton import launch
-
-    _require(store, positions, new, sinks, starts)
-    if (reason := CONTRACT.check_device(store.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, store.device, reason)
-    with torch.cuda.device(store.device):
-        return launch(store, positions, new, sinks, starts)
+    raise missing_kernel(CONTRACT.operator, store.device, "there is a CPU kernel only; move the program to the CPU")
 
 
 def _require(

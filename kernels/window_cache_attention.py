@@ -23,7 +23,6 @@ Source: RazorAttention (Tang et al. 2024, arXiv 2407.15891), algorithm 1.
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -214,16 +213,7 @@ def _cuda(
     compensate: bool = True,
     starts: Tensor | None = None,
 ) -> Tensor:
-    """The Triton kernels; positions are not looked at, since reading them would wait for the device."""
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, query.device, "triton is not installed (pip install triton)")
-    from .window_cache_attention_triton import launch
-
-    _require(query, key, value, new_key, new_value, positions, sinks, starts)
-    if (reason := CONTRACT.check_device(query.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, query.device, reason)
-    with torch.cuda.device(query.device):
-        return launch(query, key, value, new_key, new_value, positions, sinks, scale, compensate, starts)
+    raise missing_kernel(CONTRACT.operator, query.device, "there is a CPU kernel only; move the program to the CPU")
 
 
 def _require(
