@@ -30,7 +30,7 @@ from graphwright.profiles.activation_samples import sample_rows
 from graphwright.profiles.dartquant import DartQuant
 from graphwright.profiles.method import Context
 from graphwright.profiles.profile import fingerprint
-from graphwright.profiles.whip import fit_rotation, random_hadamard, rounding_error, whip
+from graphwright.profiles.whip import Schedule, fit_rotation, random_hadamard, rounding_error, whip
 
 LR = 1e-2
 """The learning rate for SmolLM2's width of 576; the published one is 1e-3."""
@@ -155,9 +155,12 @@ def errors(prepared: Prepared, texts: Tensor, others: Tensor) -> None:
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(0)
 
-    def fitted(steps: int, lr: float, loss: Callable[[Tensor], Tensor] = whip) -> Tensor:
+    def fitted(
+        steps: int, lr: float, loss: Callable[[Tensor], Tensor] = whip, schedule: Schedule = "constant"
+    ) -> Tensor:
         start = random_hadamard(width, generator())
-        return fit_rotation(train, start, steps=steps, lr=lr, batch=2048, generator=generator(), loss=loss)
+        options: dict[str, Any] = {"batch": 2048, "generator": generator(), "loss": loss, "schedule": schedule}
+        return fit_rotation(train, start, steps=steps, lr=lr, **options)
 
     candidates: dict[str, Callable[[], Tensor]] = {
         "none": lambda: torch.eye(width),
@@ -165,6 +168,8 @@ def errors(prepared: Prepared, texts: Tensor, others: Tensor) -> None:
         "random Hadamard": lambda: random_hadamard(width, generator()),
         "Whip, QR-Orth, 100 steps at 1e-3 (published)": lambda: fitted(100, 1e-3),
         "Whip, QR-Orth, 100 steps at 1e-2 (DartQuant here)": lambda: fitted(100, LR),
+        "Whip, QR-Orth, 100 steps at 1e-1, cosine": lambda: fitted(100, 1e-1, schedule="cosine"),
+        "Whip, QR-Orth, 300 steps at 1e-1, cosine": lambda: fitted(300, 1e-1, schedule="cosine"),
         "Whip, QR-Orth, 10 steps at 1e-2": lambda: fitted(10, LR),
         "Whip, Cayley, 10 steps at 1e-2": lambda: fit_cayley(
             train, random_hadamard(width, generator()), 10, LR, generator()

@@ -37,7 +37,7 @@ from .activation_samples import FEWEST, Precision, tokens_of
 from .fit_rotations import Rotations, tensor_name
 from .method import Context, Method
 from .round_layers import Rounding, round_layers
-from .whip import fit_rotation, random_hadamard
+from .whip import Schedule, fit_rotation, random_hadamard
 
 Bits = Literal[4, 8, 16]
 
@@ -75,6 +75,7 @@ class DartQuant(Method):
     steps: int = Field(100, ge=0, description="Updates of R1; 0 keeps every rotation at its random Hadamard start.")
     head_steps: int = Field(10, ge=0, description="Updates of each R2 (published: 5 to 10, one an epoch).")
     lr: float = Field(1e-3, gt=0, description="Learning rate of the rotations (published); 1e-2 for small widths.")
+    lr_schedule: Schedule = Field("constant", description="Of the learning rate; cosine lets it fall to zero.")
     batch: int = Field(2048, ge=1, description="Tokens of an update.")
     samples: int = Field(65536, ge=FEWEST, description="Rows that R1 is fitted to, over all layers.")
     seed: int = Field(0, description="Of signs, sampled rows and batches.")
@@ -241,7 +242,14 @@ class DartQuant(Method):
         self, tokens: Tensor, start: Tensor, steps: int, generator: torch.Generator, on_step: Callable[[], None]
     ) -> Tensor:
         return fit_rotation(
-            tokens, start, steps=steps, lr=self.lr, batch=self.batch, generator=generator, on_step=on_step
+            tokens,
+            start,
+            steps=steps,
+            lr=self.lr,
+            schedule=self.lr_schedule,
+            batch=self.batch,
+            generator=generator,
+            on_step=on_step,
         )
 
 

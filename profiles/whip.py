@@ -12,7 +12,9 @@ signs are the published code's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from ..kernels.hadamard import matrix
 from ..kernels.token_grid import quantize_tokens
 
 MOMENTUM = 0.9
+Schedule = Literal["constant", "cosine"]
 
 
 def whip(rotated: Tensor) -> Tensor:
@@ -43,6 +46,7 @@ def fit_rotation(
     lr: float,
     batch: int,
     generator: torch.Generator,
+    schedule: Schedule = "constant",
     loss: Callable[[Tensor], Tensor] = whip,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
@@ -55,6 +59,7 @@ def fit_rotation(
         lr: Learning rate of SGD.
         batch: Tokens of a step, drawn uniformly with replacement.
         generator: Draws them.
+        schedule: Of the learning rate: "cosine" lets it fall to zero.
         loss: Of rotated tokens.
         on_step: Called after each step.
 
@@ -69,7 +74,9 @@ def fit_rotation(
     latent = start.clone().requires_grad_()
     optimizer = torch.optim.SGD([latent], lr=lr, momentum=MOMENTUM)
     with torch.enable_grad():
-        for _ in range(steps):
+        for step in range(steps):
+            if schedule == "cosine":
+                optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
             rows = torch.randint(0, tokens.shape[-2], (min(batch, tokens.shape[-2]),), generator=generator)
             optimizer.zero_grad()
             loss(tokens[..., rows, :] @ torch.linalg.qr(latent).Q).backward()

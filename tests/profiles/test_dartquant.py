@@ -209,6 +209,7 @@ def test_a_profile_without_its_tensors_is_refused():
         ({"bits": {"q": (4,)}}, "bits"),
         ({"clip": 1.5}, "clip"),
         ({"lr": 0}, "lr"),
+        ({"lr_schedule": "linear"}, "lr_schedule"),
         ({"weights": "awq"}, "weights"),
         ({"unknown": 1}, "unknown"),
     ],
@@ -300,6 +301,23 @@ def test_whip_falls_and_so_does_the_rounding_error():
     assert errors[0] > errors[1] > errors[2]
     assert whip(held_out @ fitted) < whip(held_out @ start)
     assert (fitted.T @ fitted - torch.eye(64)).abs().max() < 1e-5
+
+
+def test_a_cosine_schedule_is_gentler_than_a_constant_rate():
+    """The learning rates add up to half of the constant ones, so that a high rate ends near a minimum."""
+    rows = torch.randn(512, 12, generator=torch.Generator().manual_seed(0)) ** 3
+    rows /= rows.square().mean(-1, keepdim=True).sqrt()
+    start = random_hadamard(12, torch.Generator().manual_seed(1))
+
+    def fitted(schedule, steps):
+        generator = torch.Generator().manual_seed(2)
+        options = {"lr": 0.3, "batch": 64, "generator": generator, "schedule": schedule}
+        return fit_rotation(rows, start, steps=steps, **options)
+
+    # The first step has the whole rate.
+    assert torch.equal(fitted("cosine", 1), fitted("constant", 1))
+    assert not torch.equal(fitted("cosine", 60), fitted("constant", 60))
+    assert whip(rows @ fitted("cosine", 60)) < whip(rows @ fitted("constant", 60))
 
 
 def test_no_steps_keep_the_start_up_to_signs():
