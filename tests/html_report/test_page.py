@@ -147,7 +147,7 @@ def test_the_slider_goes_back_over_the_passes(visit):
     slider = page.locator("#step")
     last = int(slider.get_attribute("max"))
     assert last >= 5
-    assert "quantize_linear" in page.locator("output").inner_text()
+    assert "stack_linears" in page.locator("output").inner_text()
     now = page.locator("#graph .status").first.inner_text()
     slider.focus()
     for _ in range(last):
