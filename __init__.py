@@ -17,11 +17,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bisection import bisect
     from .capture import Captured, capture
     from .capture_causal_lm import capture_causal_lm
     from .capture_denoiser import capture_denoiser
     from .errors import GraphwrightError
+    from .inspection.bisection import bisect
     from .optimize import inspect, optimize, search
     from .passes.decision import Decision
     from .phases import Phase
@@ -63,7 +63,7 @@ _HOME = {
     "Program": "program",
     "RainFusion": "profiles.rainfusion",
     "TimeRipple": "profiles.timeripple",
-    "bisect": "bisection",
+    "bisect": "inspection.bisection",
     "capture": "capture",
     "capture_causal_lm": "capture_causal_lm",
     "capture_denoiser": "capture_denoiser",

@@ -18,7 +18,8 @@ from .html_report.png import png_address
 from .inputs import CallSignature
 from .patterns.steps import DEFAULT_TIMESTEPS, StepRange
 from .profiles.reuse_figures import ReuseByStep, channel_groups, reuse_figures, reuses
-from .program import Program, ProgramModule
+from .program import Program
+from .program_module import ProgramModule
 from .progress import Progress
 from .quality import compare
 

@@ -35,8 +35,8 @@ def inspect(
 ) -> None:
     """Show the modules of a program with their sites: attention, linears, caches, norms, and what nearly was one."""
     from .capture import capture
+    from .inspection.printable import dump_json
     from .optimize import inspect as find
-    from .printable import dump_json
 
     inspection = find(capture(model, trust=trust))
     inspection.every = every
@@ -59,8 +59,8 @@ def optimize(
 ) -> None:
     """Rewrite an exported program and save the result."""
     from .capture import capture
+    from .inspection.printable import dump_json
     from .optimize import optimize as run
-    from .printable import dump_json
     from .profiles.budget import Budget
 
     for path in (output, save_profile):
@@ -83,7 +83,7 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write the page with graphs and pictures here instead.")] = None,
 ) -> None:
     """Show what was done to a saved program, and why."""
-    from .printable import dump_json
+    from .inspection.printable import dump_json
     from .program_file import load
 
     _check_writable(html)
@@ -116,9 +116,9 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Show a phase's graph before and after the lossy rewrites, or how two programs differ."""
-    from .printable import dump_json
+    from .inspection.printable import dump_json
+    from .inspection.report_diff import ProgramDiff
     from .program_file import load
-    from .report_diff import ProgramDiff
 
     loaded = load(program)
     if other is None:
@@ -140,8 +140,8 @@ def bisect(
     trust: Trust = False,
 ) -> None:
     """Find the first pass or site that breaks a program's numbers. Status 1 if there is one."""
-    from .bisection import bisect as run
-    from .printable import dump_json
+    from .inspection.bisection import bisect as run
+    from .inspection.printable import dump_json
     from .program_file import load
 
     loaded = load(program)
@@ -199,8 +199,8 @@ def demo(
 @app.command()
 def methods() -> None:
     """List the methods with their options."""
+    from .inspection.tables import Table
     from .profiles.method import methods as known
-    from .tables import Table
 
     table = Table("method", "rewrites", "options", "reference")
     for name, kind in known().items():
@@ -212,8 +212,8 @@ def methods() -> None:
 @app.command()
 def presets() -> None:
     """List the published settings of well-known models; use one with `-m NAME`."""
+    from .inspection.tables import Table
     from .profiles.presets import presets as known
-    from .tables import Table
 
     table = Table("preset", "model", "options", "published figures", "source", "run here")
     for name, preset in known().items():

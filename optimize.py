@@ -20,6 +20,7 @@ from .calibrate_denoiser import Recorded, compare_outputs, denoiser_inputs
 from .capture import Captured, capture
 from .errors import InvalidArgument, InvalidType
 from .hold_budget import hold_budget
+from .inspection.report import Inspection
 from .passes.base import pass_named
 from .passes.decision import Decision
 from .patterns.steps import DEFAULT_TIMESTEPS, StepRange, step_ranges
@@ -35,7 +36,6 @@ from .profiles.reuse_figures import channel_groups, reuse_figures, reuses
 from .profiles.rotation_figures import rotation_figures
 from .program import Program
 from .progress import Progress
-from .report import Inspection
 from .workshop import Workshop
 
 TARGETS = ("eager",)

@@ -7,16 +7,17 @@ graph and leaves state (a KV cache) in tensors that the phases share.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import InvalidArgument, InvalidType
+from .generation import Sampling, generate
 from .inputs import CallSignature
 from .lowering.eager import lower_eager
 from .passes.decision import Decision
@@ -25,7 +26,9 @@ from .patterns.find import Sites, find_sites
 from .patterns.graph import GraphView
 from .phases import Phase, device_of, move_phases, state_of
 from .profiles.profile import Profile
-from .prompts import Prompts, left_padded
+from .program_module import ProgramModule
+from .prompts import Prompts
+from .step_order import StepOrder
 
 
 @dataclass
@@ -36,14 +39,6 @@ class History:
     refusals: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     before: dict[str, list[str]] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Branch:
-    """One run in progress: the timestep of its last call, None before the first, and its state while others run."""
-
-    last: float | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Program:
@@ -77,8 +72,7 @@ class Program:
             phase.name: CallSignature(phase.exported, inputs, facts.get("max_cache_len")) for phase in phases
         }
         self._lowered: dict[str, Any] = {}
-        self._branch = Branch()
-        self._branches: dict[str, Branch] = {}
+        self._order = StepOrder(self.phases, self._state, self.initial_state, self.reset)
         self._initial = {name: _initial_value(tensor) for name, tensor in self._state().items()}
         self._sites: dict[str, Sites] = {}
 
@@ -92,7 +86,7 @@ class Program:
             InvalidArgument: No phase takes them, or they go beyond the captured cache.
         """
         bound, phase, flat = self.dispatch(*args, **kwargs)
-        self._follow(bound, phase)
+        self._order.follow(bound, phase)
         return self.run_phase(phase, flat)
 
     def run_phase(self, phase: str, flat: Sequence[Any]) -> Any:
@@ -101,50 +95,9 @@ class Program:
             outputs = self._run(phase)(*flat)
         return self._signatures[phase].unflatten(outputs)
 
-    def _follow(self, bound: dict[str, Any], phase: str) -> None:
-        """Where steps build on each other: begin anew at the first step, refuse one that cannot follow.
-
-        Raises:
-            InvalidArgument: The run did not begin with its first step, or a timestep does not fall.
-        """
-        plan = self.phases[phase].plan
-        if plan.falls is None:
-            return
-        value = float(torch.as_tensor(bound[plan.falls]).flatten()[0])
-        last = self._branch.last
-        if plan.begins:
-            self.reset()
-        elif last is None:
-            first = next(str(c) for p in self.phases.values() if p.plan.begins for c in p.plan.conditions)
-            raise InvalidArgument(
-                f"{plan.falls} {value:g} builds on the steps before it, and there were none: begin a run with {first}"
-            )
-        elif not value < last:
-            raise InvalidArgument(
-                f"{plan.falls} {value:g} after {last:g}: it must fall from call to call, since a step builds on the one"
-                " before. Call guidance branches in one batch, or each within its own cache_context"
-            )
-        self._branch.last = value
-
-    @contextmanager
-    def branch(self, name: str) -> Iterator[None]:
+    def branch(self, name: str) -> AbstractContextManager[None]:
         """Run with state of its own, kept under a name: guidance branches that are called in turn stay apart."""
-        if not any(phase.plan.falls for phase in self.phases.values()):
-            yield
-            return
-        outer, state = self._branch, self._state()
-        inner = self._branches.setdefault(name, Branch(None, self.initial_state()))
-        outer.tensors = {key: tensor.data for key, tensor in state.items()}
-        self._branch = inner
-        for key, tensor in state.items():
-            tensor.data = inner.tensors[key]
-        try:
-            yield
-        finally:
-            inner.tensors = {key: tensor.data for key, tensor in state.items()}
-            for key, tensor in state.items():
-                tensor.data = outer.tensors[key]
-            self._branch = outer
+        return self._order.branch(name)
 
     def dispatch(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], str, list[Any]]:
         """What a call with these arguments would do, without doing it.
@@ -171,7 +124,7 @@ class Program:
             bound[name] = value
         if "starts" in self.inputs and self.kind == "causal_lm" and "input_ids" in bound:
             # Without it no sequence is padded.
-            bound.setdefault("starts", torch.zeros(self.facts["batch_size"], dtype=torch.int64, device=self._device))
+            bound.setdefault("starts", torch.zeros(self.facts["batch_size"], dtype=torch.int64, device=self.device))
         missing = [name for name in self.inputs if name not in bound]
         if missing:
             raise InvalidType(f"missing input {missing[0]!r}; the inputs are {', '.join(self.inputs)}")
@@ -199,7 +152,7 @@ class Program:
         for name, tensor in self._state().items():
             initial = self._initial[name]
             tensor.copy_(initial) if isinstance(initial, Tensor) else tensor.fill_(initial)
-        self._branch.last = None
+        self._order.restart()
 
     def initial_state(self) -> dict[str, Tensor]:
         """State as it was at capture, by fully qualified name; new tensors, which the phases do not read."""
@@ -239,46 +192,8 @@ class Program:
                 padding and the program was captured without, or it is not on the left.
             InvalidType: The tokens are not those of as many sequences as were captured.
         """
-        if self.kind != "causal_lm":
-            raise InvalidArgument(f"generate needs a program of capture_causal_lm, this one is a {self.kind}")
-        if max_new_tokens < 0 or temperature < 0 or not 0 < top_p <= 1:
-            raise InvalidArgument("max_new_tokens and temperature must not be negative, top_p must be in (0, 1]")
-        fill = 0 if eos_token_id is None else eos_token_id
-        tokens, starts = left_padded(tokens, attention_mask, self.facts["batch_size"], fill)
-        padding = () if "starts" not in self.inputs else (starts,)
-        if not padding and bool(starts.any()):
-            raise InvalidArgument("prompts of different lengths need a program of capture_causal_lm(..., padding=True)")
-        length, limit = tokens.shape[1], self.facts["max_cache_len"]
-        if length + max_new_tokens > limit + 1:
-            raise InvalidArgument(f"{length} + {max_new_tokens} tokens do not fit the captured cache of {limit}")
-        generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
-        new = self._new_tokens(tokens, padding, max_new_tokens, temperature, top_p, eos_token_id, generator)
-        return torch.cat([tokens, *new], 1)
-
-    def _new_tokens(
-        self,
-        tokens: Tensor,
-        padding: tuple[Tensor, ...],
-        count: int,
-        temperature: float,
-        top_p: float,
-        eos: int | None,
-        generator: torch.Generator | None,
-    ) -> Iterator[Tensor]:
-        self.reset()
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        finished = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
-        chunk = tokens
-        for _ in range(count):
-            logits = self(chunk, position, *padding)[:, -1].float()
-            chunk = _pick(logits, temperature, top_p, generator)
-            if eos is not None:
-                chunk = torch.where(finished, eos, chunk)
-                finished = finished | (chunk == eos)
-            yield chunk
-            if eos is not None and bool(finished.all()):
-                return
-            position = position[-1:] + 1
+        options = Sampling(max_new_tokens, temperature, top_p, eos_token_id, seed)
+        return generate(self, tokens, attention_mask, options)
 
     def as_module(self) -> ProgramModule:
         """A module with the model's call, to put in its place, for example `pipe.transformer`.
@@ -295,7 +210,7 @@ class Program:
         """
         move_phases(list(self.phases.values()), device)
         self._lowered.clear()
-        self._branches.clear()
+        self._order.forget_branches()
         return self
 
     # ---- what was done
@@ -315,7 +230,7 @@ class Program:
 
     def report(self) -> Any:
         """What was found, tried, kept, refused and rolled back, and why: print it, or take `.to_json()`."""
-        from .report import Report
+        from .inspection.report import Report
 
         return Report(self)
 
@@ -325,7 +240,7 @@ class Program:
         Raises:
             InvalidArgument: There is no such site; the message has the nearest ids.
         """
-        from .report_explain import explain
+        from .inspection.report_explain import explain
 
         return explain(self, site)
 
@@ -335,7 +250,7 @@ class Program:
         Raises:
             InvalidArgument: There is no such phase.
         """
-        from .report_diff import diff
+        from .inspection.report_diff import diff
 
         return diff(self, phase)
 
@@ -345,7 +260,7 @@ class Program:
         Raises:
             InvalidArgument: There is no such phase.
         """
-        from .graph_export import to_networkx
+        from .inspection.graph_export import to_networkx
 
         return to_networkx(self, phase)
 
@@ -355,7 +270,7 @@ class Program:
         Raises:
             InvalidArgument: There is no such phase.
         """
-        from .graph_export import phase_text
+        from .inspection.graph_export import phase_text
 
         return phase_text(self, phase)
 
@@ -366,7 +281,7 @@ class Program:
             InvalidArgument: There is no such phase or format.
             InvalidFile: The path cannot be written.
         """
-        from .graph_export import write_graph
+        from .inspection.graph_export import write_graph
 
         return write_graph(self, phase, path)
 
@@ -425,7 +340,8 @@ class Program:
         return best
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Device of the weights."""
         return device_of(next(iter(self.phases.values())).exported)
 
     def _state(self) -> dict[str, Tensor]:
@@ -451,66 +367,6 @@ class Program:
     def __repr__(self) -> str:
         kept = sum(decision.status == "kept" for decision in self.decisions)
         return f"<Program {self.kind}: {', '.join(self.phases)}; {kept} of {len(self.decisions)} decisions kept>"
-
-
-class ProgramModule(nn.Module):
-    """A program as a module with the model's call; see `Program.as_module`."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__()
-        self.program = program
-        self.config = _Config(program.facts.get("config") or {})
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the floating-point weights."""
-        tensors = (t for p in self.program.phases.values() for t in p.exported.state_dict.values())
-        return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.program._device
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's call; a denoiser gives its sample in a tuple, as diffusers does with `return_dict=False`."""
-        wraps = self.program.kind == "denoiser"
-        if wraps and kwargs.pop("return_dict", False):
-            raise InvalidType("the program was captured with return_dict=False")
-        known = {k: v for k, v in kwargs.items() if k in self.program.inputs or v is not None}
-        result = self.run(*args, **known)
-        return (result,) if wraps else result
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the program."""
-        return self.program(*args, **kwargs)
-
-    @contextmanager
-    def cache_context(self, name: str, **options: Any) -> Iterator[None]:
-        """What diffusers' pipelines enter around each guidance branch: state between steps is the branch's own."""
-        with self.program.branch(name):
-            yield
-
-
-class _Config(dict[str, Any]):
-    """A model's configuration, by key and by attribute as diffusers and transformers read it."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-def _pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    if temperature == 0.0:
-        return logits.argmax(-1, keepdim=True)
-    probabilities = (logits / temperature).softmax(-1)
-    if top_p < 1.0:
-        ordered, order = probabilities.sort(-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)
 
 
 def _initial_value(tensor: Tensor) -> Tensor | float | int | bool:

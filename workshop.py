@@ -22,7 +22,8 @@ from .patterns.steps import DEFAULT_TIMESTEPS, StepRange
 from .prepare import prepare
 from .profiles.method import Context
 from .profiles.profile import Profile, fingerprint
-from .program import Program, ProgramModule
+from .program import Program
+from .program_module import ProgramModule
 from .progress import Progress
 
 

@@ -11,7 +11,7 @@ from graphwright.benchmarks.reuse_table import reuse_table
 from graphwright.benchmarks.spine_table import spine_table
 from graphwright.benchmarks.video_table import video_table
 from graphwright.errors import InvalidArgument, InvalidFile
-from graphwright.tables import Table
+from graphwright.inspection.tables import Table
 
 TABLES = ("spine", "video", "reuse")
 

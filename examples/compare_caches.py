@@ -10,8 +10,8 @@ from torch import Tensor
 
 import graphwright as gw
 from graphwright.benchmarks.timing import interleaved, one_thread
+from graphwright.inspection.tables import Table
 from graphwright.profiles.decode_loss import block_of, decode_loss, decoded_logits
-from graphwright.tables import Table
 
 
 def compare_caches(packed: gw.Program, full: gw.Program, windows: Tensor, mode: str) -> RenderableType:

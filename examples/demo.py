@@ -15,7 +15,7 @@ from graphwright.benchmarks.spine import budgeted_int8, logits_of
 from graphwright.benchmarks.timing import interleaved, one_thread
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import perplexity, read_text, token_windows
-from graphwright.tables import Table
+from graphwright.inspection.tables import Table
 
 QUESTION = "Explain in two sentences why the sky is blue."
 ANSWER_TOKENS = 40

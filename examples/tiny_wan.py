@@ -21,8 +21,8 @@ import graphwright as gw
 from graphwright.benchmarks.timing import one_thread
 from graphwright.examples.load_tiny_wan import load_prompts, load_tiny_wan
 from graphwright.examples.sample_video import noise_levels, sample, write_png_grid
+from graphwright.inspection.tables import Table
 from graphwright.quality import compare
-from graphwright.tables import Table
 
 METHODS = {
     "rainfusion": lambda dense: gw.RainFusion(dense_steps=dense),

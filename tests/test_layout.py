@@ -19,6 +19,7 @@ FLOORS = {  # what each folder may import, beside itself and GROUND
     "lowering": {"kernels"},
     "profiles": {"kernels", "passes", "patterns"},
     "html_report": {"kernels", "passes", "patterns", "program"},
+    "inspection": {"build", "capture", "passes", "patterns", "prepare", "profiles", "program"},
 }
 GROUND = {"errors", "progress", "torch_private"}
 PROGRAMS = ("examples", "benchmarks")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from .passes.decision import Decision
+from ..passes.decision import Decision
 from .tables import Table
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..program import Program
 
 _MOST_ROWS = 48
 _MOST_HEADS = 6

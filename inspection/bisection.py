@@ -16,21 +16,21 @@ from rich.console import Group, RenderableType
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from .build import build
-from .capture import Captured, capture
-from .errors import InvalidArgument, VerificationError
-from .passes.canonicalize import CANONICALIZERS
-from .passes.decision import Decision
-from .passes.dialects import run_functional
-from .passes.edit import copy_exported
-from .passes.manager import PassManager
-from .patterns.graph import GraphView
-from .prepare import Prepared, prepare, with_exact
+from ..build import build
+from ..capture import Captured, capture
+from ..errors import InvalidArgument, VerificationError
+from ..passes.canonicalize import CANONICALIZERS
+from ..passes.decision import Decision
+from ..passes.dialects import run_functional
+from ..passes.edit import copy_exported
+from ..passes.manager import PassManager
+from ..patterns.graph import GraphView
+from ..prepare import Prepared, prepare, with_exact
+from ..profiles.calibration import calibration_inputs
+from ..profiles.profile import fingerprint
+from ..program import Program
+from ..progress import Progress
 from .printable import Printable
-from .profiles.calibration import calibration_inputs
-from .profiles.profile import fingerprint
-from .program import Program
-from .progress import Progress
 from .tables import Table
 
 Outputs = dict[str, list[list[Tensor]]]

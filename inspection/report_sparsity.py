@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 
-from .passes.decision import Decision
+from ..passes.decision import Decision
 from .tables import Table
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..program import Program
 
 MERGE = "merge_sparse_adapters"
 SPARSE = ("sparsify_activations", "sparsify_quantize_linear")

@@ -13,11 +13,11 @@ from rich.console import Console
 
 import graphwright as gw
 from graphwright.errors import InvalidArgument, InvalidFile
-from graphwright.graph_export import dot_text
+from graphwright.inspection.graph_export import dot_text
+from graphwright.inspection.report import Inspection
+from graphwright.inspection.report_diff import ProgramDiff
 from graphwright.patterns.find import find_sites
 from graphwright.patterns.graph import GraphView
-from graphwright.report import Inspection
-from graphwright.report_diff import ProgramDiff
 from tests.html_report.programs import canonical, quantized
 from tests.models import captured_llama
 

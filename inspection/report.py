@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
-from .passes.decision import Decision
-from .patterns.find import Sites
+from ..passes.decision import Decision
+from ..patterns.find import Sites
 from .printable import Printable
 from .report_attention import attention_parts
 from .report_cache import cache_parts
@@ -21,7 +21,7 @@ from .report_sparsity import sparsity_parts
 from .tables import Table
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..program import Program
 
 
 class Inspection(Printable):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import graphwright as gw
-from graphwright.bisection import bisect
 from graphwright.errors import InvalidArgument, StaleProfile
+from graphwright.inspection.bisection import bisect
 from graphwright.passes import canonicalize, drop_noops
 from graphwright.passes.quantize_linear import QuantizeLinear
 from graphwright.patterns.linear_roles import Role
@@ -103,7 +103,7 @@ def test_a_wrong_exact_pass_is_named(monkeypatch):
 
     passes = (*canonicalize.CANONICALIZERS, Wrong())
     monkeypatch.setattr(canonicalize, "CANONICALIZERS", passes)
-    monkeypatch.setattr("graphwright.bisection.CANONICALIZERS", passes)
+    monkeypatch.setattr("graphwright.inspection.bisection.CANONICALIZERS", passes)
     found = bisect(program, captured, tolerance=1e-3)
     assert (found.kind, found.culprit) == ("pass", "raise_wrongly")
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from .passes.decision import Decision
+from ..passes.decision import Decision
 from .tables import Table
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..program import Program
 
 
 def cache_parts(program: Program) -> list[RenderableType]:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
-from .errors import InvalidArgument
+from ..errors import InvalidArgument
+from ..passes.decision import Decision
+from ..patterns.text import graph_text
 from .graph_export import check_phase
-from .passes.decision import Decision
-from .patterns.text import graph_text
 from .printable import Printable
 from .tables import Table
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..program import Program
 
 _MOST_DECISIONS = 40
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from rich.text import Text
 from rich.tree import Tree
 
-from .patterns.find import Sites
-from .patterns.site import Site
+from ..patterns.find import Sites
+from ..patterns.site import Site
 
 
 @dataclass

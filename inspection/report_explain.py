@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import Node
 
-from .errors import InvalidArgument
-from .passes.base import pass_named
-from .passes.decision import Decision
-from .passes.edit import Edit, copy_exported
-from .patterns.find import find_sites
-from .patterns.graph import GraphView, shape_of
-from .patterns.site import Site
-from .patterns.text import graph_line
+from ..errors import InvalidArgument
+from ..passes.base import pass_named
+from ..passes.decision import Decision
+from ..passes.edit import Edit, copy_exported
+from ..patterns.find import find_sites
+from ..patterns.graph import GraphView, shape_of
+from ..patterns.site import Site
+from ..patterns.text import graph_line
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..program import Program
 
 _FIGURES = (
     ("predicted_gain", "{:.2%} of the phase's arithmetic"),

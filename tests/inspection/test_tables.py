@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.measure import Measurement
 
-from graphwright.tables import Table, share
+from graphwright.inspection.tables import Table, share
 from tests.html_report.programs import canonical, quantized
 
 

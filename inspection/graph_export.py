@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import networkx as nx
 import torch
 
-from .errors import InvalidArgument, InvalidFile
-from .patterns.graph import GraphView
-from .patterns.text import graph_text, type_text
+from ..errors import InvalidArgument, InvalidFile
+from ..patterns.graph import GraphView
+from ..patterns.text import graph_text, type_text
 
 if TYPE_CHECKING:
-    from .program import Program
+    from ..program import Program
 
 
 def phase_text(program: Program, phase: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from abc import ABC, abstractmethod
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -12,15 +13,16 @@ WIDTH = 118
 """Columns of what is printed as plain text."""
 
 
-class Printable:
+class Printable(ABC):
     """Base of reports: `print` gives text, `.to_json()` plain data, a notebook a table."""
 
+    @abstractmethod
     def __rich__(self) -> RenderableType:
-        raise NotImplementedError
+        """What a terminal shows."""
 
+    @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """The same as plain data."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         console = Console(width=WIDTH, no_color=True, highlight=False)
