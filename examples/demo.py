@@ -94,9 +94,13 @@ def _measure(
     for name, tokens, times in (("prefill of 512 tokens", text.shape[1], prefill), ("decode", 1, decode)):
         first, second = times
         rows.append(
-            (name, f"{tokens / first:.1f} tokens/s", f"{tokens / second:.1f} tokens/s", f"{first / second:.2f}x faster")
+            (name, f"{tokens / first:.1f} tokens/s", f"{tokens / second:.1f} tokens/s", _speed_up(first / second))
         )
     return rows
+
+
+def _speed_up(ratio: float) -> str:
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
 
 
 def _in_turn(run: Any, before: gw.Program, after: gw.Program, rounds: int) -> tuple[float, float]:

@@ -195,7 +195,7 @@ class Report(Printable):
         return table
 
     def _passes(self) -> Table:
-        table = Table(title="passes", title_justify="left")
+        table = Table(title="passes, times in seconds", title_justify="left")
         for column in ("phase", "pass", "rewrites", "nodes", "time", "check", "largest difference"):
             whole = column in ("nodes", "time", "check")
             table.add_column(column, justify="left" if column in ("phase", "pass") else "right", no_wrap=whole)
@@ -206,8 +206,8 @@ class Report(Printable):
                     record.name,
                     str(record.changed),
                     f"{record.nodes_before} -> {record.nodes_after}",
-                    f"{record.seconds:.2f} s",
-                    f"{record.verify_seconds:.2f} s",
+                    f"{record.seconds:.2f}",
+                    f"{record.verify_seconds:.2f}",
                     "-" if record.difference is None else f"{record.difference:.1e}",
                 )
         return table
