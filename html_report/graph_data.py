@@ -133,12 +133,17 @@ def _columns(
         # The trace of a node that went is that of what stands for it now: it came from the same line.
         columns["trace"].append(s.number(row.get("trace") or traces.get((row["module"], row["source"]), "")))
         by = row.get("by")
-        columns["by"].append([s.number(str(by.get(key, ""))) for key in ("pass", "method", "site")] if by else 0)
+        columns["by"].append([*(s.number(by.get(key, "")) for key in ("pass", "method")), _sites(by, s)] if by else 0)
     columns["name"] = [s.number(name) for name in names]
     columns["inputs"] = [_numbers(rows[name]["inputs"], number) for name in names]
     columns["weights"] = [[s.number(weight) for weight in rows[name].get("weights", ())] for name in names]
     columns["parent"], columns["layer"] = parents, layers
     return columns
+
+
+def _sites(by: dict[str, Any], s: Strings) -> list[int]:
+    """The sites that a call stands for: one, or those of all linears that it joins."""
+    return [s.number(site) for site in (*by.get("sites", ()), by.get("site")) if site]
 
 
 def _numbers(names: Sequence[str], number: dict[str, int]) -> list[int]:

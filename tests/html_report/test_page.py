@@ -136,7 +136,7 @@ def test_a_node_shows_what_is_known_of_it(visit):
         assert expected in text
     details.locator("summary").click()
     assert "File " in details.locator("pre").inner_text()
-    details.get_by_role("button", name="Show in the table").click()
+    details.get_by_role("button", name="Show in the table").first.click()
     assert page.locator("table.decisions tbody tr").count() >= 1
     page.locator("table.decisions .link").first.click()
     assert page.locator("g.selected").count() == 1
@@ -249,3 +249,11 @@ def test_all_decisions_are_printed(visit):
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("table.decisions tbody tr").count() == 45
     assert not page.locator("#search").is_visible()
+
+
+def test_a_call_that_joins_linears_shows_the_decision_of_each(visit):
+    page = visit("quantized")
+    find(page, "int8_linear")
+    details = page.locator("aside.details")
+    assert "Made by stack_linears" in details.inner_text()
+    assert details.locator(".card").count() == 3  # query, key and value

@@ -41,8 +41,8 @@ export class Details {
     if (node.by) parts.push(h("p", {}, `Made by ${node.by.pass}${node.by.method ? ` as ${node.by.method} decided` : ""}.`));
     if (story.length) parts.push(h("ul", {}, story.map(({ k, text }) => h("li", {}, h("button", { type: "button", class: "link", onclick: () => this.on.step(k) }, text)))));
     else if (!node.by) parts.push(h("p", {}, "In the graph as it was captured."));
-    const site = node.by?.site || this.siteOf(model, node);
-    for (const decision of this.decisions.get(site) ?? []) parts.push(this.decision(decision));
+    const sites = node.by?.sites.length ? node.by.sites : [this.siteOf(model, node)];
+    for (const decision of sites.flatMap((site) => this.decisions.get(site) ?? [])) parts.push(this.decision(decision));
     return parts;
   }
 

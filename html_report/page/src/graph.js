@@ -161,7 +161,7 @@ export class GraphPart {
     const [phase] = site.split("/");
     const place = site.slice(phase.length + 1).replace(/\/[^/]*$/, "");
     if (this.names.includes(phase) && this.model.name !== phase) this.setPhase(phase);
-    const made = this.model.nodes.filter((node) => node.by?.site === site).at(-1) ?? this.model.nodes.filter((node) => node.module === place).at(-1);
+    const made = this.model.nodes.filter((node) => node.by?.sites.includes(site)).at(-1) ?? this.model.nodes.filter((node) => node.module === place).at(-1);
     if (made) this.reveal({ node: made.i });
     return Boolean(made);
   }

@@ -15,7 +15,7 @@ export class PhaseModel {
       const node = { i, inputs: columns.inputs[i], weights: columns.weights[i].map((n) => strings[n]), parent: columns.parent[i], layer: columns.layer[i] };
       for (const field of TEXTS) node[field] = strings[columns[field][i]];
       const by = columns.by[i];
-      node.by = by ? { pass: strings[by[0]], method: strings[by[1]], site: strings[by[2]] } : null;
+      node.by = by ? { pass: strings[by[0]], method: strings[by[1]], sites: by[2].map((k) => strings[k]) } : null;
       return node;
     });
     for (const group of this.groups.slice(1)) this.groups[group.parent].groups.push(group.id);
