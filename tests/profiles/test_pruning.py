@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
@@ -58,8 +58,12 @@ def test_texts_that_cannot_be_compared_are_refused(rows):
 
 # ---- rates and ranks
 
+DUAL_TOLERANCE = 1e-7
+"""HiGHS's default `dual_feasibility_tolerance`."""
+
 
 @settings(max_examples=60, deadline=None)
+@example(alike=[0.875, 0.25, 0.28125, 0.125], sparsity=0.5, beta=100.0)
 @given(
     alike=st.lists(st.floats(0.01, 1), min_size=1, max_size=12, unique=True),
     sparsity=st.floats(0, 0.95),
@@ -78,7 +82,8 @@ def test_rates_solve_the_linear_program(alike, sparsity, beta):
     )
     assert sum(rates) == pytest.approx(sparsity * count)
     assert all(sparsity - delta - 1e-12 <= rate <= sparsity + delta + 1e-12 for rate in rates)
-    assert importance @ rates == pytest.approx(best.fun, rel=1e-7, abs=1e-9)
+    # The solver takes a gain of less than 1e-7 for a rate as none, so over the rates' ranges it may miss this much.
+    assert importance @ rates == pytest.approx(best.fun, rel=1e-9, abs=DUAL_TOLERANCE * 2 * delta * count + 1e-12)
 
 
 def test_layers_unlike_the_others_get_less_sparsity():
