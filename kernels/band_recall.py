@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -122,12 +121,8 @@ def _cpu(query: Tensor, key: Tensor, widths: Tensor, *, scale: float | None = No
 
 
 def _cuda(query: Tensor, key: Tensor, widths: Tensor, *, scale: float | None = None) -> Tensor:
-    if not HAS_TRITON:
-        raise missing_kernel(CONTRACT.operator, query.device, "triton is not installed (pip install triton)")
-    _require(query, key, widths)
-    if (reason := _missing_on(query.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, query.device, reason)
-    with torch.cuda.device(query.device):
+    with CONTRACT.on_cuda(query.device):
+        _require(query, key, widths)
         return launch(query, key, widths, scale=scale)
 
 
@@ -181,11 +176,6 @@ def launch(query: Tensor, key: Tensor, widths: Tensor, *, scale: float | None = 
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return sums.sum(2).div_(length)
-
-
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
 
 
 @_jit

@@ -14,7 +14,7 @@ packed once; any other one is made dense as on the CPU.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import InvalidArgument
 from .bitmask_linear_cpu import few_tokens, unpacked
 from .bitmask_weights import decompress
-from .contract import FLOATS, Argument, Contract, Size, Spec, missing_kernel, register
+from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
 
 CONTRACT = Contract(
     "bitmask_linear",
@@ -59,12 +58,12 @@ def bitmask_linear(x: Tensor, bits: Tensor, values: Tensor, starts: Tensor, bias
 
 @bitmask_linear.register_fake
 def _fake(x: Tensor, bits: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check(*_facts(x, bits, values, starts, bias), proved=False)
+    _require(x, bits, values, starts, bias, proved=False)
     return x.new_empty((*x.shape[:-1], bits.shape[0]))
 
 
 def _cpu(x: Tensor, bits: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
-    _require_specs(*_facts(x, bits, values, starts, bias))
+    _require(x, bits, values, starts, bias)
     made = few_tokens(x, bits, values, starts, bias)
     if made is not None:
         return made
@@ -73,7 +72,7 @@ def _cpu(x: Tensor, bits: Tensor, values: Tensor, starts: Tensor, bias: Tensor |
 
 
 def _cuda(x: Tensor, bits: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None = None) -> Tensor:
-    _require_specs(*_facts(x, bits, values, starts, bias))
+    _require(x, bits, values, starts, bias)
     if (reason := CONTRACT.check_device(x.device)) is not None:
         raise missing_kernel(CONTRACT.operator, x.device, reason)
     if values not in _packed:
@@ -101,31 +100,16 @@ def _semi_structured(weight: Tensor) -> Tensor:
     return to_sparse_semi_structured(weight)
 
 
-def _facts(x: Tensor, bits: Tensor, values: Tensor, starts: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-    rest = (None, None) if bias is None else (bias.shape, bias.dtype)
-    return (x.shape, x.dtype, bits.shape, bits.dtype, values.shape, values.dtype, starts.shape, starts.dtype, *rest)
-
-
-def _check(*facts: Any, proved: bool = True) -> None:
-    pairs = zip(CONTRACT.arguments, facts[::2], facts[1::2], strict=True)
-    specs = {name: None if dtype is None else Spec(shape, dtype) for name, shape, dtype in pairs}
-    CONTRACT.require(**specs, proved=proved)
+def _storage_reason(specs: Mapping[str, Any]) -> str | None:
     x, bits, values, starts, bias = specs.values()
-    assert x is not None
-    assert bits is not None
-    assert values is not None
-    assert starts is not None
-    reason = None
     if bits.shape[1] != -(-x.shape[-1] // 8) or starts.shape[0] != bits.shape[0] + 1:
-        reason = f"got bits {list(bits.shape)} and {starts.shape[0]} starts for K={x.shape[-1]}"
-    elif {values.dtype, x.dtype if bias is None else bias.dtype} != {x.dtype}:
-        reason = f"got x of {x.dtype} and values of {values.dtype}, expected one type"
-    if reason is not None:
-        raise InvalidArgument(f"{CONTRACT.operator}: {reason}")
+        return f"got bits {list(bits.shape)} and {starts.shape[0]} starts for K={x.shape[-1]}"
+    if {values.dtype, x.dtype if bias is None else bias.dtype} != {x.dtype}:
+        return f"got x of {x.dtype} and values of {values.dtype}, expected one type"
+    return None
 
 
-_require_specs = lru_cache(maxsize=1024)(_check)  # a decode step is as short as the check
-
+_require = CONTRACT.requirement(_storage_reason)
 
 torch.library.impl("graphwright::bitmask_linear", "cpu", _cpu)
 torch.library.impl("graphwright::bitmask_linear", "cuda", _cuda)

@@ -33,8 +33,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -44,8 +42,6 @@ from ..errors import InvalidArgument
 from .block_lists import keep_of
 from .block_sparse_attention_cpu import attend
 from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
-
-HAS_TRITON = find_spec("triton") is not None
 
 CONTRACT = Contract(
     "block_sparse_attention",
@@ -273,14 +269,10 @@ def _run_on_cuda(
     contract: Contract, tensors: Sequence[Any], key_blocks: int, block_size: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     device = Tensors(*tensors).query.device
-    if not HAS_TRITON:
-        raise missing_kernel(contract.operator, device, "triton is not installed (pip install triton)")
-    given = _required(contract, tensors, key_blocks, block_size)
-    if (reason := _missing_on(device)) is not None:
-        raise missing_kernel(contract.operator, device, reason)
-    from .block_sparse_attention_cuda import launch
+    with contract.on_cuda(device):
+        from .block_sparse_attention_cuda import launch
 
-    with torch.cuda.device(device):
+        given = _required(contract, tensors, key_blocks, block_size)
         return launch(*given, key_blocks, block_size, scale, with_lse=contract is LSE_CONTRACT)
 
 
@@ -323,11 +315,6 @@ def _misfit(given: Tensors, key_blocks: int, block_size: int) -> str | None:
 
 def _known(*sizes: int) -> bool:
     return all(isinstance(size, int) for size in sizes)
-
-
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
 
 
 # Not register_kernel, whose check of each result for aliases costs microseconds a call.

@@ -17,8 +17,6 @@ Source: ``packed_cache.py``.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -66,13 +64,11 @@ def _cuda(store: Tensor, positions: Tensor, new: Tensor, bits: int, form: Form) 
 
 def _cuda_in_place(store: Tensor, positions: Tensor, new: Tensor, bits: int, form: Form) -> Tensor:
     """The Triton kernels; positions are not looked at, since reading them would wait for the device."""
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, store.device, "triton is not installed (pip install triton)")
-    from .cache_append_triton import launch
+    with CONTRACT.on_cuda(store.device):
+        from .cache_append_triton import launch
 
-    CONTRACT.require(store=store, positions=positions, new=new, bits=bits, device=store.device)
-    Packing(bits, form, new.shape[-1]).require()
-    with torch.cuda.device(store.device):
+        CONTRACT.require(store=store, positions=positions, new=new, bits=bits)
+        Packing(bits, form, new.shape[-1]).require()
         return launch(store, positions, new, bits, form)
 
 

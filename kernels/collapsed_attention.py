@@ -28,13 +28,10 @@ tokens (arXiv 2511.12035) can be merged is this implementation's observation.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument
-from .block_sparse_attention import HAS_TRITON
 from .block_sparse_attention import block_sparse_attention as _sparse
 from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
 
@@ -220,17 +217,9 @@ def _cuda(
     query: Tensor, key: Tensor, value: Tensor, query_root: Tensor, key_root: Tensor, key_bias: Tensor | None = None,
     *, scale: float | None = None,
 ) -> Tensor:  # fmt: skip
-    if not HAS_TRITON:
-        raise missing_kernel(CONTRACT.operator, query.device, "triton is not installed (pip install triton)")
-    _require(query, key, value, query_root, key_root, key_bias)
-    if (reason := _missing_on(query.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, query.device, reason)
-    return packed_attention(query, key, value, query_root, key_root, key_bias, scale=scale)
-
-
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
+    with CONTRACT.on_cuda(query.device):
+        _require(query, key, value, query_root, key_root, key_bias)
+        return packed_attention(query, key, value, query_root, key_root, key_bias, scale=scale)
 
 
 def _require(

@@ -15,8 +15,11 @@ Equal letters are equal sizes, ``1|B`` is 1 or B, ``...`` is any number of leadi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -127,6 +130,52 @@ class Contract:
             got, expected = (".".join(map(str, pair)) for pair in (capability, self.capability))
             return f"got CUDA capability {got}, expected at least {expected}"
         return None
+
+    @contextmanager
+    def on_cuda(self, device: torch.device) -> Iterator[None]:
+        """Where a Triton kernel is launched: `device` is the current one.
+
+        Raises:
+            MissingKernel: There is no Triton, or the device is not one that the kernel runs on.
+        """
+        known = (self.operator, device)
+        if known not in _ON_CUDA:
+            triton = find_spec("triton") is not None
+            _ON_CUDA[known] = self.check_device(device) if triton else "triton is not installed (pip install triton)"
+        if (reason := _ON_CUDA[known]) is not None:
+            raise missing_kernel(self.operator, device, reason)
+        with torch.cuda.device(device):
+            yield
+
+    def requirement(self, further: Callable[[Mapping[str, Any]], str | None] | None = None) -> Callable[..., None]:
+        """`require` for an operator that is called often: what was checked once is remembered by shapes and dtypes.
+
+        Args:
+            further: The reason against what letters cannot say, or None; it gets the specs of all arguments by name.
+
+        Returns:
+            A function of the tensors, in the contract's order, of integer arguments by their letters, and of `proved`
+            as in `check`. A decode step of a linear is as short as 20 us, a check takes 10.
+        """
+
+        def check(specs: tuple[Spec | None, ...], sizes: tuple[tuple[str, int], ...], proved: bool) -> None:
+            arguments = {**dict(zip(self.arguments, specs, strict=True)), **dict(sizes)}
+            self.require(**arguments, proved=proved)
+            if further is not None and (reason := further(arguments)) is not None:
+                raise InvalidArgument(f"{self.operator}: {reason}")
+
+        remembered = lru_cache(maxsize=1024)(check)
+
+        def require(*tensors: Tensor | None, proved: bool = True, **sizes: int) -> None:
+            specs = tuple(None if tensor is None else Spec(tensor.shape, tensor.dtype) for tensor in tensors)
+            # What is not proved may be symbolic, and symbols are not compared without a guard.
+            (remembered if proved else check)(specs, tuple(sizes.items()), proved)
+
+        return require
+
+
+_ON_CUDA: dict[tuple[str, torch.device], str | None] = {}
+"""(operator, device) -> why its Triton kernel cannot run there, None where it can."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,6 @@ Source: KV-cache quantization as QuaRot has it (Ashkboos et al. 2024, arXiv:2404
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -67,20 +64,11 @@ def _cpu(x: Tensor, bits: int, group: int, clip: float = 1.0) -> Tensor:
 
 
 def _cuda(x: Tensor, bits: int, group: int, clip: float = 1.0) -> Tensor:
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
-    from .fake_quantize_triton import launch
+    with CONTRACT.on_cuda(x.device):
+        from .fake_quantize_triton import launch
 
-    _require(x, bits, group, clip)
-    if (reason := _missing_on(x.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, x.device, reason)
-    with torch.cuda.device(x.device):
+        _require(x, bits, group, clip)
         return launch(x, bits, group, clip)
-
-
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
 
 
 def _require(x: Tensor, bits: int, group: int, clip: float, proved: bool = True) -> None:

@@ -161,12 +161,10 @@ def _scaled(order: int, dtype: torch.dtype) -> Tensor:
 
 
 def _cuda(x: Tensor) -> Tensor:
-    if not HAS_TRITON:
-        raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
-    CONTRACT.require(x=x)
-    if x.dtype == torch.float64:
-        return reference(x)
-    with torch.cuda.device(x.device):
+    with CONTRACT.on_cuda(x.device):
+        CONTRACT.require(x=x)
+        if x.dtype == torch.float64:
+            return reference(x)
         return launch(x)
 
 

@@ -24,18 +24,16 @@ whole steps: QServe (Lin et al. 2024, arXiv:2405.04532).
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from importlib.util import find_spec
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgument
 from . import hadamard as rotation
 from . import int4_linear_cpu
-from .contract import FLOATS, Argument, Contract, Size, Spec, missing_kernel, register
-from .int4_weights import GROUPS, ROWS, unpack
+from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
+from .int4_weights import GROUPS, ROWS, Int4, unpack
 from .token_grid import quantize_tokens
 
 CONTRACT = Contract(
@@ -112,82 +110,52 @@ def _fake(
     clip: float = 1.0,
     hadamard: bool = False,
 ) -> Tensor:
-    CONTRACT.require(x=x, weight=weight, steps=steps, scale=scale, sums=sums, bias=bias, bits=bits, proved=False)
-    check_layout(CONTRACT.operator, weight.shape, steps.shape, scale.shape)
+    _require(x, weight, steps, scale, sums, bias, bits=bits, proved=False)
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
-def check_layout(operator: str, weight: Any, steps: Any, scale: Any) -> None:
-    """What letters cannot say: blocks of 64 channels, and whole groups of a known size.
-
-    Raises:
-        InvalidArgument: One of them is not so.
-    """
-    blocks, k, n = weight[0], weight[1], scale[0]
-    if blocks != -(-n // ROWS) or steps[1] != blocks * ROWS:
-        raise InvalidArgument(
-            f"{operator}: got {blocks} blocks and {steps[1]} padded channels, expected blocks of {ROWS} for N={n}"
-        )
-    if steps[0] < 1 or k % steps[0] or k // steps[0] not in GROUPS:
-        raise InvalidArgument(f"{operator}: got {steps[0]} groups of {k} channels, expected groups of {GROUPS}")
+def layout_reason(specs: Mapping[str, Any]) -> str | None:
+    """What letters cannot say of `weight`, `steps` and `scale`: blocks of 64 channels, whole groups of a known size."""
+    (blocks, k, _), (groups, padded), (n,) = (specs[name].shape for name in ("weight", "steps", "scale"))
+    if blocks != -(-n // ROWS) or padded != blocks * ROWS:
+        return f"got {blocks} blocks and {padded} padded channels, expected blocks of {ROWS} for N={n}"
+    if groups < 1 or k % groups or k // groups not in GROUPS:
+        return f"got {groups} groups of {k} channels, expected groups of {GROUPS}"
+    return None
 
 
-def _cpu(
-    x: Tensor,
-    weight: Tensor,
-    steps: Tensor,
-    scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None = None,
-    bits: int = 8,
-    clip: float = 1.0,
-    hadamard: bool = False,
-) -> Tensor:
-    _require(x, weight, steps, scale, sums, bias, bits)
-    return int4_linear_cpu.compute(x, weight, steps, scale, sums, bias, bits, clip, hadamard)
+_require = CONTRACT.requirement(layout_reason)
 
 
-def _cuda(
-    x: Tensor,
-    weight: Tensor,
-    steps: Tensor,
-    scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None = None,
-    bits: int = 8,
-    clip: float = 1.0,
-    hadamard: bool = False,
-) -> Tensor:
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
-    from .int4_linear_triton import launch
+class _Call(NamedTuple):
+    """The operator's arguments, as they are handed to its kernels."""
 
-    _require(x, weight, steps, scale, sums, bias, bits)
-    if (reason := _missing_on(x.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, x.device, reason)
-    with torch.cuda.device(x.device):
-        return launch(x, weight, steps, scale, sums, bias, bits, clip, hadamard)
+    x: Tensor
+    weight: Tensor
+    steps: Tensor
+    scale: Tensor
+    sums: Tensor
+    bias: Tensor | None = None
+    bits: int = 8
+    clip: float = 1.0
+    hadamard: bool = False
+
+    def required(self) -> tuple[Tensor, Int4, Tensor | None, int, float, bool]:
+        """What the kernels take, once it was checked."""
+        x, *weight, bias, bits, clip, hadamard = self
+        _require(x, *weight, bias, bits=bits)
+        return x, Int4(*weight), bias, bits, clip, hadamard
 
 
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
+def _cpu(*arguments: Any) -> Tensor:
+    return int4_linear_cpu.compute(*_Call(*arguments).required())
 
 
-def _require(
-    x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None, bits: int
-) -> None:
-    rest = (None, None) if bias is None else (bias.shape, bias.dtype)
-    tensors = (x, weight, steps, scale, sums)
-    _require_specs(bits, *(fact for tensor in tensors for fact in (tensor.shape, tensor.dtype)), *rest)
+def _cuda(*arguments: Any) -> Tensor:
+    with CONTRACT.on_cuda(arguments[0].device):
+        from .int4_linear_triton import launch
 
-
-@lru_cache(maxsize=1024)
-def _require_specs(bits: int, *facts: Any) -> None:
-    pairs = zip(CONTRACT.arguments, facts[::2], facts[1::2], strict=True)
-    specs = {name: None if dtype is None else Spec(shape, dtype) for name, shape, dtype in pairs}
-    CONTRACT.require(**specs, bits=bits)
-    check_layout(CONTRACT.operator, facts[2], facts[4], facts[6])
+        return launch(*_Call(*arguments).required())
 
 
 torch.library.impl("graphwright::int4_linear", "cpu", _cpu)

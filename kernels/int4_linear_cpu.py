@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import hadamard as rotation
-from .int4_weights import unpack
+from .int4_weights import Int4, unpack
 from .int8_linear import _int_mm_is_exact_and_fast
 from .token_grid import quantize_tokens, token_grid
 
@@ -20,31 +20,21 @@ _FEW = 8
 375; unpacking takes 206 and the integer product 70 more (one thread of a Xeon with AMX)."""
 
 
-def compute(
-    x: Tensor,
-    weight: Tensor,
-    steps: Tensor,
-    scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    clip: float,
-    hadamard: bool,
-) -> Tensor:
+def compute(x: Tensor, weight: Int4, bias: Tensor | None, bits: int, clip: float, hadamard: bool) -> Tensor:
     """`int4_linear` on the CPU, arguments unchecked."""
     tokens = x.reshape(-1, x.shape[-1])
-    n = len(scale)
+    n = len(weight.scale)
     if bias is not None:
         bias = bias.float()
     if len(tokens) <= _FEW and packed_product_is_fast():
         rows = rotation.rotated(tokens.float()) if hadamard else tokens.float()
         values, step, _ = quantize_tokens(rows, bits, clip)
-        total = packed_product(values, weight, steps, n).mul_(scale)
+        total = packed_product(values, weight.packed, weight.steps, n).mul_(weight.scale)
         y = total.mul_(step) if bias is None else torch.addcmul(bias, total, step, out=total)
         return y.to(x.dtype).view(*x.shape[:-1], n)
-    whole = unpack(weight, steps)
+    whole = unpack(weight.packed, weight.steps)
     whole = whole if whole.shape[1] == n else whole[:, :n].contiguous()
-    epilogue = (scale, sums.float(), bias)
+    epilogue = (weight.scale, weight.sums.float(), bias)
     if len(tokens) <= _BLOCK:
         return _cpu_block(tokens, whole, epilogue, bits, clip, hadamard).view(*x.shape[:-1], n)
     y = x.new_empty(len(tokens), n)

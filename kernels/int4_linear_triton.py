@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .int4_weights import Int4
 from .token_grid_triton import launch_quantize
 
 _jit: Callable[..., Any] = triton.jit
@@ -22,28 +23,20 @@ _jit_any_m: Callable[..., Any] = triton.jit(do_not_specialize=["M"])
 
 
 def launch(
-    x: Tensor,
-    weight: Tensor,
-    steps: Tensor,
-    scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None = None,
-    bits: int = 8,
-    clip: float = 1.0,
-    hadamard: bool = False,
+    x: Tensor, weight: Int4, bias: Tensor | None = None, bits: int = 8, clip: float = 1.0, hadamard: bool = False
 ) -> Tensor:
     """Run the two Triton kernels, arguments unchecked, on x's device (the CPU under TRITON_INTERPRET=1)."""
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    (m, k), n = tokens.shape, len(scale)
+    (m, k), n = tokens.shape, len(weight.scale)
     y = x.new_empty(m, n)
     if m > 0:
         quantized, step, shift = launch_quantize(tokens, bits, clip, hadamard)
-        group = k // len(steps)
+        group = k // len(weight.steps)
         config = choose_config(m, n, group)
-        grid = (triton.cdiv(m, config.block_m) * triton.cdiv(steps.shape[1], 2 * config.half),)
+        grid = (triton.cdiv(m, config.block_m) * triton.cdiv(weight.steps.shape[1], 2 * config.half),)
         _gemm_kernel[grid](
-            quantized, step, shift, weight, steps, scale, sums, scale if bias is None else bias.contiguous(), y,
-            m, n, k, steps.shape[1],
+            quantized, step, shift, *weight, weight.scale if bias is None else bias.contiguous(), y,
+            m, n, k, weight.steps.shape[1],
             HAS_BIAS=bias is not None, GROUP=group,
             BLOCK_M=config.block_m, HALF=config.half, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,

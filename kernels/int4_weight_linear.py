@@ -14,15 +14,11 @@ Source: weight-only quantization in groups: GPTQ (Frantar et al. 2022, arXiv:221
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from importlib.util import find_spec
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .contract import FLOATS, Argument, Contract, Size, Spec, missing_kernel, register
-from .int4_linear import check_layout
+from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
+from .int4_linear import layout_reason
 from .int4_linear_cpu import packed_product, packed_product_is_fast
 from .int4_weights import ROWS, unpack
 
@@ -66,8 +62,7 @@ def int4_weight_linear(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, 
 
 @int4_weight_linear.register_fake
 def _fake(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    CONTRACT.require(x=x, weight=weight, steps=steps, scale=scale, bias=bias, proved=False)
-    check_layout(CONTRACT.operator, weight.shape, steps.shape, scale.shape)
+    _require(x, weight, steps, scale, bias, proved=False)
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
@@ -84,33 +79,14 @@ def _cpu(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: Tensor |
 
 
 def _cuda(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
-    from .int4_weight_linear_triton import launch
+    with CONTRACT.on_cuda(x.device):
+        from .int4_weight_linear_triton import launch
 
-    _require(x, weight, steps, scale, bias)
-    if (reason := _missing_on(x.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, x.device, reason)
-    with torch.cuda.device(x.device):
+        _require(x, weight, steps, scale, bias)
         return launch(x, weight, steps, scale, bias)
 
 
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
-
-
-def _require(x: Tensor, weight: Tensor, steps: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    rest = (None, None) if bias is None else (bias.shape, bias.dtype)
-    _require_specs(*(fact for tensor in (x, weight, steps, scale) for fact in (tensor.shape, tensor.dtype)), *rest)
-
-
-@lru_cache(maxsize=1024)
-def _require_specs(*facts: Any) -> None:
-    pairs = zip(CONTRACT.arguments, facts[::2], facts[1::2], strict=True)
-    CONTRACT.require(**{name: None if dtype is None else Spec(shape, dtype) for name, shape, dtype in pairs})
-    check_layout(CONTRACT.operator, facts[2], facts[4], facts[6])
-
+_require = CONTRACT.requirement(layout_reason)
 
 torch.library.impl("graphwright::int4_weight_linear", "cpu", _cpu)
 torch.library.impl("graphwright::int4_weight_linear", "cuda", _cuda)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache, reduce
+from functools import cache, reduce
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InvalidArgument
-from .contract import FLOATS, Argument, Contract, Size, Spec, missing_kernel, register
+from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
 
 HAS_TRITON = find_spec("triton") is not None
 if TYPE_CHECKING or HAS_TRITON:
@@ -152,12 +152,8 @@ def _cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -
 
 
 def _cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not HAS_TRITON:
-        raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
-    _require(x, weight, scale, bias)
-    if (reason := _missing_on(x.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, x.device, reason)
-    with torch.cuda.device(x.device):
+    with CONTRACT.on_cuda(x.device):
+        _require(x, weight, scale, bias)
         return launch(x, weight, scale, bias)
 
 
@@ -166,16 +162,7 @@ def _row_scale(rows: Tensor) -> Tensor:
     return rows.abs().amax(-1, keepdim=True).mul(_PER_STEP).clamp_min(_TINY)
 
 
-def _require(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    rest = (None, None) if bias is None else (bias.shape, bias.dtype)
-    _require_specs(x.shape, x.dtype, weight.shape, weight.dtype, scale.shape, scale.dtype, *rest)
-
-
-@lru_cache(maxsize=1024)  # a decode step is as short as 20 us, the check 10 us
-def _require_specs(*facts: Any) -> None:
-    pairs = zip(CONTRACT.arguments, facts[::2], facts[1::2], strict=True)
-    CONTRACT.require(**{name: None if dtype is None else Spec(shape, dtype) for name, shape, dtype in pairs})
-
+_require = CONTRACT.requirement()
 
 _BLOCK = 512
 
@@ -289,11 +276,6 @@ def launch_product(
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return y
-
-
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
 
 
 @_jit

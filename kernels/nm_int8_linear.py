@@ -14,9 +14,6 @@ Source: Outstanding-sparse, the union of n:m activations and W8A8 in Amber Prune
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -83,20 +80,11 @@ def _cpu(
 def _cuda(
     x: Tensor, factors: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, m: int
 ) -> Tensor:
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
-    from .nm_int8_linear_triton import launch
+    with CONTRACT.on_cuda(x.device):
+        from .nm_int8_linear_triton import launch
 
-    _require(x, factors, weight, scale, bias, n, m)
-    if (reason := _missing_on(x.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, x.device, reason)
-    with torch.cuda.device(x.device):
+        _require(x, factors, weight, scale, bias, n, m)
         return launch(x, factors, weight, scale, bias, n, m)
-
-
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
 
 
 def _require(

@@ -19,15 +19,10 @@ weight (as in Wanda: Sun et al. 2023, arXiv:2306.11695).
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from importlib.util import find_spec
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgument
-from .contract import FLOATS, Argument, Contract, Size, Spec, missing_kernel, register
+from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
 from .nm_sparsify_cpu import select
 
 BLOCKS = (4, 8, 16, 32)
@@ -70,52 +65,26 @@ def pattern_reason(n: int, m: int) -> str | None:
 
 @nm_sparsify.register_fake
 def _fake(x: Tensor, factors: Tensor | None, n: int, m: int) -> Tensor:
-    require(x, factors, n, m, proved=False)
+    require(x, factors, n=n, m=m, proved=False)
     return x.new_empty(x.shape)
 
 
 def _cpu(x: Tensor, factors: Tensor | None, n: int, m: int) -> Tensor:
-    require(x, factors, n, m)
+    require(x, factors, n=n, m=m)
     made = select(x, factors, n, m)
     return reference(x, factors, n, m) if made is None else made
 
 
 def _cuda(x: Tensor, factors: Tensor | None, n: int, m: int) -> Tensor:
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, x.device, "triton is not installed (pip install triton)")
-    from .nm_sparsify_triton import launch
+    with CONTRACT.on_cuda(x.device):
+        from .nm_sparsify_triton import launch
 
-    require(x, factors, n, m)
-    if (reason := _missing_on(x.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, x.device, reason)
-    with torch.cuda.device(x.device):
+        require(x, factors, n=n, m=m)
         return launch(x, factors, n, m)
 
 
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
-
-
-def require(x: Tensor, factors: Tensor | None, n: int, m: int, proved: bool = True) -> None:
-    """Raise what is wrong with the arguments."""
-    weights = (None, None) if factors is None else (factors.shape, factors.dtype)
-    facts: tuple[Any, ...] = (x.shape, x.dtype, *weights, n, m)
-    if proved:
-        _require_specs(*facts)
-    else:
-        _check(*facts, proved=False)
-
-
-def _check(shape: Any, dtype: Any, factors: Any, kind: Any, n: int, m: int, proved: bool = True) -> None:
-    weights = None if factors is None else Spec(factors, kind)
-    CONTRACT.require(x=Spec(shape, dtype), factors=weights, n=n, m=m, proved=proved)
-    if (reason := pattern_reason(n, m)) is not None:
-        raise InvalidArgument(f"{CONTRACT.operator}: {reason}")
-
-
-_require_specs = lru_cache(maxsize=1024)(_check)  # the check takes 20 us, the selection of a short prompt no more
-
+require = CONTRACT.requirement(lambda given: pattern_reason(given["n"], given["m"]))
+"""Raises what is wrong with x, factors and, by name, n and m."""
 
 torch.library.impl("graphwright::nm_sparsify", "cpu", _cpu)
 torch.library.impl("graphwright::nm_sparsify", "cuda", _cuda)

@@ -20,8 +20,6 @@ rounding of sums of D and of positions[i] terms.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -174,15 +172,11 @@ def _cuda(
     starts: Tensor | None = None,
 ) -> Tensor:
     """The Triton kernels; positions are not looked at, since reading them would wait for the device."""
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, query.device, "triton is not installed (pip install triton)")
-    from .quantized_cache_attention_triton import launch
+    with CONTRACT.on_cuda(query.device):
+        from .quantized_cache_attention_triton import launch
 
-    _require(query, key, value, positions, key_bits, value_bits, value_dim, window, starts)
-    if (reason := CONTRACT.check_device(query.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, query.device, reason)
-    packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
-    with torch.cuda.device(query.device):
+        _require(query, key, value, positions, key_bits, value_bits, value_dim, window, starts)
+        packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
         return launch(query, key, value, positions, key_bits, value_bits, mode, value_dim, scale, window, starts)
 
 

@@ -34,8 +34,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cache
-from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -44,7 +42,6 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
 
-HAS_TRITON = find_spec("triton") is not None
 Granularity = Literal["element", "group", "token"]
 
 _SIZES = {
@@ -274,11 +271,10 @@ def _cuda(
     frames: int, height: int, width: int, first: int, axes: list[int], window: int, granularity: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grid = (frames, height, width)
-    _check_device(CONTRACT, x)
-    _require(CONTRACT, x, theta, groups, factors, grid, first, axes, window, granularity)
-    from .snap_tokens_triton import launch
+    with CONTRACT.on_cuda(x.device):
+        from .snap_tokens_triton import launch
 
-    with torch.cuda.device(x.device):
+        _require(CONTRACT, x, theta, groups, factors, grid, first, axes, window, granularity)
         return launch(x, theta, groups, factors, grid, first, axes, window, granularity)
 
 
@@ -286,24 +282,11 @@ def _cuda_roots(
     x: Tensor, theta: Tensor, *, frames: int, height: int, width: int, first: int, axes: list[int], window: int
 ) -> Tensor:
     grid = (frames, height, width)
-    _check_device(ROOTS_CONTRACT, x)
-    _require(ROOTS_CONTRACT, x, theta, None, None, grid, first, axes, window, "token")
-    from .snap_tokens_triton import launch_roots
+    with ROOTS_CONTRACT.on_cuda(x.device):
+        from .snap_tokens_triton import launch_roots
 
-    with torch.cuda.device(x.device):
+        _require(ROOTS_CONTRACT, x, theta, None, None, grid, first, axes, window, "token")
         return launch_roots(x, theta, grid, first, axes, window)
-
-
-def _check_device(contract: Contract, x: Tensor) -> None:
-    if not HAS_TRITON:
-        raise missing_kernel(contract.operator, x.device, "triton is not installed (pip install triton)")
-    if (reason := _missing_on(x.device)) is not None:
-        raise missing_kernel(contract.operator, x.device, reason)
-
-
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
 
 
 def _require(

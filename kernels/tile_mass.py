@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -218,13 +217,9 @@ def _cuda(
     query: Tensor, key: Tensor, order: Tensor, *,
     frames: int, height: int, width: int, tile: Sequence[int], stride: int = 1, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not HAS_TRITON:
-        raise missing_kernel(CONTRACT.operator, query.device, "triton is not installed (pip install triton)")
-    _require(query, key, order, frames, height, width, tile, stride)
-    if (reason := _missing_on(query.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, query.device, reason)
-    sizes = {"frames": frames, "height": height, "width": width, "tile": tile}
-    with torch.cuda.device(query.device):
+    with CONTRACT.on_cuda(query.device):
+        _require(query, key, order, frames, height, width, tile, stride)
+        sizes = {"frames": frames, "height": height, "width": width, "tile": tile}
         return launch(query, key, order, **sizes, stride=stride, scale=scale)
 
 
@@ -289,11 +284,6 @@ def launch(
     queries = order[: tiles * volume].view(tiles, volume)[::stride]
     seen = ((queries >= 0) & (queries < count)).sum().clamp_min(1)
     return _split(tables.sum(2) / seen, grid)
-
-
-@cache
-def _missing_on(device: torch.device) -> str | None:
-    return CONTRACT.check_device(device)
 
 
 @_jit

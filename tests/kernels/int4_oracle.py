@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from graphwright.kernels.int4_weights import quantize_groups, unpack
+from graphwright.kernels import int4_linear_cpu
+from graphwright.kernels.int4_weights import Int4, quantize_groups, unpack
 from graphwright.kernels.token_grid import quantize_tokens
 
 
@@ -49,3 +52,17 @@ def assert_close_to_exact(y: Tensor, case: tuple, bits: int, clip: float, few: b
     assert y.dtype == x.dtype
     assert y.shape == exact.shape
     assert ((y.double() - exact).abs() <= bound * 1.001 + info.tiny * info.eps).all()
+
+
+def launch(*case: Any) -> Tensor:
+    """The Triton kernel on the operator's arguments; for `interpreter.Call`, which carries plain tensors."""
+    from graphwright.kernels.int4_linear_triton import launch
+
+    x, packed, steps, scale, sums, *rest = case
+    return launch(x, Int4(packed, steps, scale, sums), *rest)
+
+
+def compute(*case: Any) -> Tensor:
+    """The CPU kernel on the operator's arguments, as `launch`."""
+    x, packed, steps, scale, sums, *rest = case
+    return int4_linear_cpu.compute(x, Int4(packed, steps, scale, sums), *rest)

