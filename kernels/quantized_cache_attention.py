@@ -20,6 +20,8 @@ rounding of sums of D and of positions[i] terms.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -113,98 +115,58 @@ def quantized_cache_attention(
     raise missing_kernel(CONTRACT.operator, query.device)
 
 
+class _Call(NamedTuple):
+    """The operator's arguments, as they are handed to its kernels."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    key_bits: int
+    value_bits: int
+    mode: str
+    value_dim: int
+    scale: float
+    window: int = 0
+    starts: Tensor | None = None
+
+    def require(self, proved: bool = True) -> tuple[Packing, Packing]:
+        """How keys and values are packed, once all arguments were checked."""
+        known = (*CONTRACT.arguments, *CONTRACT.sizes)
+        given = {name: value for name, value in self._asdict().items() if name in known}
+        CONTRACT.require(**given, proved=proved)
+        return packings(self.mode, self.key_bits, self.value_bits, int(self.query.shape[-1]), self.value_dim)
+
+
 @quantized_cache_attention.register_fake
-def _fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    key_bits: int,
-    value_bits: int,
-    mode: str,
-    value_dim: int,
-    scale: float,
-    window: int = 0,
-    starts: Tensor | None = None,
-) -> Tensor:
-    _require(query, key, value, positions, key_bits, value_bits, value_dim, window, starts, proved=False)
-    packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
-    return query.new_empty((*query.shape[:3], value_dim))
+def _fake(*arguments: Any, **named: Any) -> Tensor:
+    call = _Call(*arguments, **named)
+    call.require(proved=False)
+    return call.query.new_empty((*call.query.shape[:3], call.value_dim))
 
 
-def _cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    key_bits: int,
-    value_bits: int,
-    mode: str,
-    value_dim: int,
-    scale: float,
-    window: int = 0,
-    starts: Tensor | None = None,
-) -> Tensor:
+def _cpu(*arguments: Any) -> Tensor:
     """In blocks: see ``quantized_cache_attention_cpu.py``."""
-    _require(query, key, value, positions, key_bits, value_bits, value_dim, window, starts)
-    keys_as, values_as = packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
-    capacity = min(keys_as.capacity(key.shape[-1]), values_as.capacity(value.shape[-1]))
+    call = _Call(*arguments)
+    keys_as, values_as = call.require()
+    positions = call.positions
+    capacity = min(keys_as.capacity(call.key.shape[-1]), values_as.capacity(call.value.shape[-1]))
     if len(positions) and not 0 <= int(positions[0]) <= int(positions[-1]) < capacity:
         raise InvalidArgument(
             f"quantized_cache_attention: positions {int(positions[0])} to {int(positions[-1])}"
             f" do not fit a cache of {capacity} tokens"
         )
-    planes = keys_as.planes(key), values_as.planes(value)
-    return attend(query, *planes, positions, keys_as, values_as, scale, window, starts)
+    planes = keys_as.planes(call.key), values_as.planes(call.value)
+    return attend(call.query, *planes, positions, keys_as, values_as, call.scale, call.window, call.starts)
 
 
-def _cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    key_bits: int,
-    value_bits: int,
-    mode: str,
-    value_dim: int,
-    scale: float,
-    window: int = 0,
-    starts: Tensor | None = None,
-) -> Tensor:
+def _cuda(*arguments: Any) -> Tensor:
     """The Triton kernels; positions are not looked at, since reading them would wait for the device."""
-    with CONTRACT.on_cuda(query.device):
+    with CONTRACT.on_cuda(arguments[0].device):
         from .quantized_cache_attention_triton import launch
 
-        _require(query, key, value, positions, key_bits, value_bits, value_dim, window, starts)
-        packings(mode, key_bits, value_bits, int(query.shape[-1]), value_dim)
-        return launch(query, key, value, positions, key_bits, value_bits, mode, value_dim, scale, window, starts)
-
-
-def _require(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    key_bits: int,
-    value_bits: int,
-    value_dim: int,
-    window: int,
-    starts: Tensor | None,
-    *,
-    proved: bool = True,
-) -> None:
-    CONTRACT.require(
-        query=query,
-        key=key,
-        value=value,
-        positions=positions,
-        key_bits=key_bits,
-        value_bits=value_bits,
-        value_dim=value_dim,
-        window=window,
-        starts=starts,
-        proved=proved,
-    )
+        _Call(*arguments).require()
+        return launch(*arguments)
 
 
 torch.library.impl("graphwright::quantized_cache_attention", "cpu", _cpu)
