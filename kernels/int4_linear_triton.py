@@ -3,7 +3,7 @@
 Imported where there is Triton only.
 """
 
-# ruff: noqa: ANN001, ANN202 (the arguments of Triton kernels are pointers and scalars that Triton types itself)
+# ruff: noqa: ANN001, ANN201, ANN202 (what Triton kernels take and give are pointers and tiles that Triton types itself)
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -75,16 +75,7 @@ def _gemm_kernel(
     BLOCK_M: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of y a program: HALF channels from the low nibbles, and the HALF that lie 32 further from the high."""
-    program = tl.program_id(0)
-    tiles_n = tl.cdiv(P, 2 * HALF)
-    rows = program // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    packed = program % tiles_n * HALF + tl.arange(0, HALF)
-    # Padded channels are zeros; tiles past the end wrap around and are not stored.
-    low = (packed // 32 * 64 + packed % 32) % P
-    high = low + 32
-    ks = tl.arange(0, BLOCK_K)
-    left = quantized + (rows % M).to(tl.int64)[:, None] * K + ks[None, :]
-    right = weight + (low // 64).to(tl.int64)[None, :] * K * 32 + ks[:, None] * 32 + (packed % 32)[None, :]
+    rows, packed, low, high, left, right = tile_of(quantized, weight, M, K, P, BLOCK_M, HALF, BLOCK_K)
     total_low = tl.zeros([BLOCK_M, HALF], tl.int32)
     total_high = tl.zeros([BLOCK_M, HALF], tl.int32)
     for start in range(0, K, BLOCK_K):
@@ -101,6 +92,22 @@ def _gemm_kernel(
     shift = tl.load(token_shift + rows % M)
     _store_tile(total_low, step, shift, scale, sums, bias, y, rows, low, packed < P // 2, M, N, HAS_BIAS)
     _store_tile(total_high, step, shift, scale, sums, bias, y, rows, high, packed < P // 2, M, N, HAS_BIAS)
+
+
+@_jit
+def tile_of(x, weight, M, K, P, BLOCK_M: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A program's tile: its rows, packed, low and high channels, and where its first tiles of x and weight lie."""
+    program = tl.program_id(0)
+    tiles_n = tl.cdiv(P, 2 * HALF)
+    rows = program // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    packed = program % tiles_n * HALF + tl.arange(0, HALF)
+    # Padded channels are zeros; tiles past the end wrap around and are not stored.
+    low = (packed // 32 * 64 + packed % 32) % P
+    high = low + 32
+    ks = tl.arange(0, BLOCK_K)
+    left = x + (rows % M).to(tl.int64)[:, None] * K + ks[None, :]
+    right = weight + (low // 64).to(tl.int64)[None, :] * K * 32 + ks[:, None] * 32 + (packed % 32)[None, :]
+    return rows, packed, low, high, left, right
 
 
 @_jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .int4_linear_triton import choose_config
+from .int4_linear_triton import choose_config, tile_of
 
 # As in `int4_linear_triton`: M = 1 is not compiled for itself.
 _jit_any_m: Callable[..., Any] = triton.jit(do_not_specialize=["M"])
@@ -44,15 +44,7 @@ def _gemm_kernel(
     BLOCK_M: tl.constexpr, HALF: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of y a program, as in `int4_linear`, on weights widened to x's dtype in registers."""
-    program = tl.program_id(0)
-    tiles_n = tl.cdiv(P, 2 * HALF)
-    rows = program // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    packed = program % tiles_n * HALF + tl.arange(0, HALF)
-    low = (packed // 32 * 64 + packed % 32) % P
-    high = low + 32
-    ks = tl.arange(0, BLOCK_K)
-    left = x + (rows % M).to(tl.int64)[:, None] * K + ks[None, :]
-    right = weight + (low // 64).to(tl.int64)[None, :] * K * 32 + ks[:, None] * 32 + (packed % 32)[None, :]
+    rows, _, low, high, left, right = tile_of(x, weight, M, K, P, BLOCK_M, HALF, BLOCK_K)
     total_low = tl.zeros([BLOCK_M, HALF], tl.float32)
     total_high = tl.zeros([BLOCK_M, HALF], tl.float32)
     for start in range(0, K, BLOCK_K):

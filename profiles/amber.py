@@ -19,7 +19,7 @@ marked so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -30,10 +30,11 @@ from ..kernels import nm_linear
 from ..kernels.channel_factors import Scoring, channel_factors
 from ..kernels.nm_sparsify import nm_sparsify, pattern_reason
 from ..passes.decision import Decision
-from ..patterns.linear import LinearSite, Role
+from ..patterns.linear import LinearSite
 from .activation_samples import tokens_of
+from .linear_method import LinearMethod, Roles
 from .measure import measure_sites, output_errors
-from .method import Context, Method
+from .method import Context
 from .sparsity_sensitivity import own_errors
 
 FEWEST = 2
@@ -41,7 +42,7 @@ FEWEST = 2
 PREFILL = "prefill"
 
 
-class AmberPruner(Method):
+class AmberPruner(LinearMethod):
     """Make the inputs of some linears n:m sparse in prefill."""
 
     name: ClassVar[str] = "amber"
@@ -55,14 +56,13 @@ class AmberPruner(Method):
         " them count, norm is the plain norm of columns, none is magnitude alone.",
     )
     coverage: float = Field(0.55, ge=0, le=1, description="Least share of linear arithmetic that skipping leaves.")
-    always: tuple[str, ...] = Field(("down",), description="Roles that are sparse in every layer.")
-    selectively: tuple[str, ...] = Field(("q", "gate"), description="Roles that are skipped in sensitive layers.")
+    always: Roles = Field(("down",), description="Roles that are sparse in every layer.")
+    selectively: Roles = Field(("q", "gate"), description="Roles that are skipped in sensitive layers.")
     sensitivity: Literal["output", "site"] = Field(
         "output",
         description="Skip by the error of the program's output with one site sparse at a time, or by that of the site's"
         " own output, which takes one run instead of one a site.",
     )
-    skip: tuple[str, ...] = Field((), description="Module paths, or ends of module paths, to leave as they are.")
 
     @field_validator("pattern")
     @classmethod
@@ -70,14 +70,6 @@ class AmberPruner(Method):
         if (reason := pattern_reason(*pattern)) is not None:
             raise ValueError(reason)
         return pattern
-
-    @field_validator("always", "selectively")
-    @classmethod
-    def _known(cls, roles: tuple[str, ...]) -> tuple[str, ...]:
-        for role in roles:
-            if role not in get_args(Role):
-                raise ValueError(f"unknown role {role!r}; there are {', '.join(get_args(Role))}")
-        return roles
 
     def decide(self, context: Context) -> list[Decision]:
         """Choose the sparse sites of the prefill; the others are refused with the reason.
@@ -165,11 +157,8 @@ class AmberPruner(Method):
         return tuple(skipped)
 
     def _declined(self, site: LinearSite) -> str:
-        if site.role not in (*self.always, *self.selectively):
-            return f"role {site.role} stays dense"
-        for skipped in self.skip:
-            if site.module_path == skipped or site.module_path.endswith(f".{skipped}"):
-                return f"skipped by option: {skipped}"
+        if reason := self.left_out(site, (*self.always, *self.selectively)):
+            return reason
         if site.in_features % self.pattern[1]:
             return f"blocks of {self.pattern[1]} do not divide {site.in_features} channels"
         return ""

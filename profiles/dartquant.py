@@ -18,10 +18,10 @@ output projection of attention reads is rounded per token, not per head, so that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from ..errors import InvalidArgument
@@ -32,17 +32,18 @@ from ..passes.edit import copy_exported
 from ..passes.rewrite import apply_decisions
 from ..patterns.find import find_sites
 from ..patterns.graph import GraphView
-from ..patterns.linear import LinearSite, Role
+from ..patterns.linear import LinearSite
 from .activation_samples import FEWEST, Precision, tokens_of
 from .fit_rotations import Rotations, tensor_name
-from .method import Context, Method
+from .linear_method import DECODER_ROLES, LinearMethod, Roles, known_roles
+from .method import Context
 from .round_layers import Rounding, round_layers
 from .whip import Schedule, fit_rotation, random_hadamard
 
 Bits = Literal[4, 8, 16]
 
 
-class DartQuant(Method):
+class DartQuant(LinearMethod):
     """Rotate, then quantize linears to 4 bits."""
 
     name: ClassVar[str] = "dartquant"
@@ -52,7 +53,7 @@ class DartQuant(Method):
     weight_bits: Bits = Field(4, description="Bits of weights; 16 leaves linears as they are.")
     activation_bits: Bits = Field(4, description="Bits of the linears' inputs; 16 quantizes weights only.")
     kv_bits: Bits = Field(16, description="Bits of keys and values; below 16 they are rounded, and stored as before.")
-    bits: dict[str, tuple[Bits, Bits]] = Field(
+    bits: Annotated[dict[str, tuple[Bits, Bits]], AfterValidator(known_roles)] = Field(
         {}, description="Role to (weight bits, activation bits), over the above."
     )
     group: int | None = Field(None, description="Input channels that share a step; None: 128, or 64 or 32 to divide.")
@@ -79,18 +80,7 @@ class DartQuant(Method):
     batch: int = Field(2048, ge=1, description="Tokens of an update.")
     samples: int = Field(65536, ge=FEWEST, description="Rows that R1 is fitted to, over all layers.")
     seed: int = Field(0, description="Of signs, sampled rows and batches.")
-    roles: tuple[str, ...] = Field(
-        ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "other"), description="Roles to quantize."
-    )
-    skip: tuple[str, ...] = Field((), description="Module paths, or ends of module paths, to leave as they are.")
-
-    @field_validator("roles", "bits")
-    @classmethod
-    def _known(cls, roles: Any) -> Any:
-        for role in roles:
-            if role not in get_args(Role):
-                raise ValueError(f"unknown role {role!r}; there are {', '.join(get_args(Role))}")
-        return roles
+    roles: Roles = Field(DECODER_ROLES, description="Roles to quantize.")
 
     def decide(self, context: Context) -> list[Decision]:
         """Fit rotations, choose among them, round weights, and say so for every phase.
@@ -124,12 +114,8 @@ class DartQuant(Method):
 
     def _plan(self, site: LinearSite) -> Precision | str:
         """How a linear is to run, or why it is left as it is."""
-        path = site.module_path
-        if site.role not in self.roles:
-            return f"role {site.role} is not asked for"
-        for skipped in self.skip:
-            if path == skipped or path.endswith(f".{skipped}"):
-                return f"skipped by option: {skipped}"
+        if reason := self.left_out(site, self.roles):
+            return reason
         weight_bits, activation_bits = self.bits.get(site.role, (self.weight_bits, self.activation_bits))
         if weight_bits == 16:
             return "16 bits are asked for"

@@ -12,46 +12,38 @@ Rounding to powers of two keeps the move exact in floating point. Linears that r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 from torch.fx import Node
 
 from ..passes.decision import Decision
 from ..patterns.graph import GraphView
-from ..patterns.linear import LinearSite, Role
+from ..patterns.linear import LinearSite
+from .linear_method import DECODER_ROLES, LinearMethod, Roles
 from .measure import channel_maxima
-from .method import Context, Method
+from .method import Context
 
 _LARGEST_EXPONENT = 14
 """Channels are moved by at most this power of two, so that float16 activations neither vanish nor overflow."""
 
 
-class Int8(Method):
+class Int8(LinearMethod):
     """Replace linears by dynamic int8 ones."""
 
     name: ClassVar[str] = "int8"
     reference: ClassVar[str] = "SmoothQuant: Xiao et al. 2023, arXiv 2211.10438, equations 1 and 4"
     rewrites: ClassVar[str] = "linears, W8A8 dynamic"
 
-    roles: tuple[str, ...] = Field(
-        ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "other"),
+    roles: Roles = Field(
+        DECODER_ROLES,
         description="Roles to quantize. The vocabulary projection (`head`) is left out unless it is named here.",
     )
-    skip: tuple[str, ...] = Field((), description="Module paths, or ends of module paths, to leave as they are.")
     smooth: float | None = Field(
         0.5, ge=0, le=1, description="Share alpha of a channel's size that moves into the weight; None moves nothing."
     )
-
-    @field_validator("roles")
-    @classmethod
-    def _known(cls, roles: tuple[str, ...]) -> tuple[str, ...]:
-        for role in roles:
-            if role not in get_args(Role):
-                raise ValueError(f"unknown role {role!r}; there are {', '.join(get_args(Role))}")
-        return roles
 
     def decide(self, context: Context) -> list[Decision]:
         """Propose every linear whose role is asked for; the gain is its share of the phase's linear arithmetic."""
@@ -60,7 +52,7 @@ class Int8(Method):
         for sites in context.sites.values():
             total = sum(_weight(site) for site in sites.linear) or 1
             for site in sites.linear:
-                reason = self._declined(site)
+                reason = self.left_out(site, self.roles)
                 moved = exponents.get(site.place) if not reason else None
                 decisions.append(
                     Decision(
@@ -76,15 +68,6 @@ class Int8(Method):
                 )
         return decisions
 
-    def _declined(self, site: LinearSite) -> str:
-        if site.role not in self.roles:
-            return f"role {site.role} is not asked for"
-        path = site.module_path
-        for skipped in self.skip:
-            if path == skipped or path.endswith(f".{skipped}"):
-                return f"skipped by option: {skipped}"
-        return ""
-
     def _exponents(self, context: Context) -> dict[str, tuple[int, ...]]:
         """Place -> exponents, from the phase that sees most tokens at once."""
         if self.smooth is None:
@@ -96,7 +79,7 @@ class Int8(Method):
         exported, view = context.phases[phase], GraphView(context.phases[phase])
         readers: dict[Node, list[LinearSite]] = {}
         for site in context.sites[phase].linear:
-            if not self._declined(site):
+            if not self.left_out(site, self.roles):
                 readers.setdefault(site.input, []).append(site)
         maxima = channel_maxima(exported, readers, context.calibration[phase])
         result = {}

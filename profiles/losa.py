@@ -36,7 +36,8 @@ from ..patterns.linear import LinearSite
 from .activation_samples import tokens_of
 from .amber import prefill_of, weights_of
 from .layer_rates import layer_ranks, layer_rates, schedule
-from .method import Context, Method
+from .linear_method import LinearMethod, Roles
+from .method import Context
 from .profile import data_hash, fingerprint
 from .prune_layers import Layer, Pruner, Weights, find_layers, layer_outputs, layer_redundancy, prune_layers
 from .train_adapters import Trained, Training, train_adapters
@@ -47,7 +48,7 @@ FEWEST_TEXTS, FEWEST_TOKENS = 4, 128
 """Similarity of layers compares texts, and a norm over fewer tokens than this ranks channels by chance."""
 
 
-class LoSA(Method):
+class LoSA(LinearMethod):
     """Prune step by step, and train mergeable adapters in between."""
 
     name: ClassVar[str] = "losa"
@@ -73,10 +74,7 @@ class LoSA(Method):
     )
     checkpointing: bool = Field(True, description="Recompute layers on the way back instead of keeping their values.")
     masked: bool = Field(True, description="Keep zeros while training; without, merging fills them: for comparison.")
-    roles: tuple[str, ...] = Field(
-        ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"), description="Roles to prune."
-    )
-    skip: tuple[str, ...] = Field((), description="Module paths, or ends of module paths, to leave as they are.")
+    roles: Roles = Field(("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"), description="Roles to prune.")
     form: Literal["compressed", "dense"] = Field(
         "compressed", description="How the weights are stored: a bit a place and the values, or with their zeros."
     )
@@ -135,11 +133,8 @@ class LoSA(Method):
         return round(low + (high - low) * (step - 1) / max(1, self.steps - 1))
 
     def _declined(self, site: LinearSite) -> str:
-        if site.role not in self.roles:
-            return f"role {site.role} stays dense"
-        for skipped in self.skip:
-            if site.module_path == skipped or site.module_path.endswith(f".{skipped}"):
-                return f"skipped by option: {skipped}"
+        if reason := self.left_out(site, self.roles):
+            return reason
         if self.pattern is not None and site.in_features % self.pattern[1]:
             return f"blocks of {self.pattern[1]} do not divide {site.in_features} channels"
         return "its weight is shared" if site.shared_weight else ""

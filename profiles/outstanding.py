@@ -40,6 +40,7 @@ from ..patterns.graph import GraphView, Refusal
 from ..patterns.linear import LinearSite
 from ..patterns.norm import NormSite
 from .amber import AmberPruner, Choice, arithmetic, prefill_of, weights_of
+from .linear_method import Roles
 from .measure import channel_maxima
 from .method import Context
 from .sparsity_sensitivity import own_errors
@@ -62,7 +63,7 @@ class OutstandingSparse(AmberPruner):
     int8_error: float = Field(
         0.02, ge=0, description="Largest relative error that int8 may cause at a linear's own output."
     )
-    int8_roles: tuple[str, ...] = Field(
+    int8_roles: Roles = Field(
         ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down"), description="Roles to quantize."
     )
 
