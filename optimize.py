@@ -36,7 +36,7 @@ from .profiles.reuse_figures import channel_groups, reuse_figures, reuses
 from .profiles.rotation_figures import rotation_figures
 from .program import Program
 from .progress import Progress
-from .workshop import Workshop
+from .step_trials import StepTrials
 
 TARGETS = ("eager",)
 PROBE_TOKENS = 64
@@ -99,7 +99,7 @@ def optimize(
         most = None if captured.kind == "denoiser" else MOST_ITEMS
         items = None if calibration is None else list(islice(calibration, most))
         if profile is None:
-            chosen = [method.settle(Workshop(captured, items or [], bar)) for method in chosen]
+            chosen = [method.search_steps(StepTrials(captured, items or [], bar)) for method in chosen]
         with bar.stage("canonicalize"):
             prepared = prepare(captured, _steps(captured, chosen) if profile is None else profile.steps)
         found = fingerprint(prepared.exported)

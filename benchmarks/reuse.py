@@ -40,7 +40,7 @@ from graphwright.profiles.search_budgets import (
 from graphwright.profiles.video import Place, Proposal, VideoMethod
 from graphwright.progress import Progress
 from graphwright.quality import compare
-from graphwright.workshop import Workshop
+from graphwright.step_trials import StepTrials
 
 # ---- TimeRipple
 
@@ -232,9 +232,9 @@ def searched(setting: Setting, study: Path | None = None, **options: Any) -> dic
 def against_random(setting: Setting, seeds: Sequence[int], budget: float, **size: int) -> list[dict[str, float]]:
     """The best error that the search finds, and that random tables of the same number have, for each seed."""
     levels = {f"level_{level}": level for level in range(FULL + 1)}
-    workshop = Workshop(setting.captured, setting.samplers(), Progress(False))
+    trials = StepTrials(setting.captured, setting.samplers(), Progress(False))
     method = gw.Astraea(plan="uniform", budget=budget)
-    variants = workshop.variants(list(levels), lambda context: method.decide_levels(context, levels))
+    variants = trials.variants(list(levels), lambda context: method.decide_levels(context, levels))
     whole = variants.sample([f"level_{FULL}"] * setting.steps)
     known: dict[tuple[int, ...], float] = {}
 

@@ -17,7 +17,7 @@ factors that are equal here and there. The second one gives the same as the firs
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,50 +25,33 @@ import torch
 from ..kernels import collapsed_attention as collapsed
 from ..kernels.contract import Spec
 from ..patterns.attention import AttentionSite
-from ..patterns.graph import Refusal, shape_of
-from ..patterns.video import video_layout
+from ..patterns.graph import shape_of
 from .base import SitePass
 from .edit import Edit
 from .snap_operands import Snap
-from .sparsify_attention import grid_sizes, key_bias
+from .sparsify_attention import grid_sizes, key_bias, layout_on
 
 
 @dataclass(frozen=True)
-class ReuseScores(SitePass[AttentionSite]):
-    """Snap queries and keys of self or joint attention over a latent grid.
+class ReuseScores(SitePass[AttentionSite], Snap):
+    """Snap queries and keys of self or joint attention over a latent grid, with the options of `Snap`.
 
     Attributes:
         grid: Frames, height and width in tokens; None for a dynamic number of frames.
-        thetas, edges, timestep, groups, factors, axes, window, granularity: As in `Snap`.
         collapse: Leave rows and keys out that others stand for; needs granularity "token".
     """
 
     name: ClassVar[str] = "reuse_scores"
 
     grid: Sequence[int | None] = ()
-    thetas: Sequence[float] = ()
-    edges: Sequence[float] = ()
-    timestep: str = ""
-    groups: Sequence[int] = ()
-    factors: Sequence[float] = ()
-    axes: Sequence[int] = (0, 1, 2)
-    window: int = 2
-    granularity: str = "element"
     collapse: bool = False
-
-    @property
-    def snap(self) -> Snap:
-        """The options of the snapping alone."""
-        return Snap(**{item.name: getattr(self, item.name) for item in fields(Snap)})
 
     def guard(self, site: AttentionSite, edit: Edit) -> str | None:
         """The layout must be proved again, and the operators must take the site."""
-        if len(self.grid) != 3:
-            return f"the grid must be (frames, height, width), got {list(self.grid)}"
-        layout = video_layout(edit.view, site, tuple(self.grid))
-        if isinstance(layout, Refusal):
-            return str(layout)
-        reason = self.snap.refuse(site, layout, edit)
+        layout = layout_on(self.grid, site, edit)
+        if isinstance(layout, str):
+            return layout
+        reason = self.refuse(site, layout, edit)
         if reason is not None or not self.collapse:
             return reason
         if self.granularity != "token":
@@ -82,18 +65,18 @@ class ReuseScores(SitePass[AttentionSite]):
 
     def rewrite(self, site: AttentionSite, edit: Edit) -> None:
         """Snap, and attend to what is snapped."""
-        layout = video_layout(edit.view, site, tuple(self.grid))
-        assert not isinstance(layout, Refusal)
+        layout = layout_on(self.grid, site, edit)
+        assert not isinstance(layout, str)
         sizes = grid_sizes(site, layout, edit)
         if self.collapse:
-            roots = self.snap.roots(site, sizes, edit)
+            roots = self.roots(site, sizes, edit)
             bias = None if layout.key_mask is None else key_bias(layout.key_mask, site.node, edit)
             output = edit.call(
                 torch.ops.graphwright.collapsed_attention.default,
                 site.query, site.key, site.value, *roots, bias, scale=site.scale, like=site.node,
             )  # fmt: skip
         else:
-            query, key = self.snap.operands(site, sizes, edit)
+            query, key = self.operands(site, sizes, edit)
             rest: Any = site.node.args[2:]
             named: dict[str, Any] = dict(site.node.kwargs)
             for name in ("query", "key"):

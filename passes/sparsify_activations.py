@@ -30,27 +30,60 @@ KERNELS = ("mask", "semi_structured")
 
 
 @dataclass(frozen=True)
-class SparsifyActivations(SitePass[LinearSite]):
-    """n:m sparsity of a linear's input.
+class Selection:
+    """Which channels of a linear's input are kept.
 
     Attributes:
         n, m: Channels kept of each block.
         scoring: What ranks them beside their magnitude, see `kernels/channel_factors.py`.
         factors: Name of the profile's tensor [K] that ranks them; "" computes it from the weight.
-        kernel: "mask" multiplies the zeros too; "semi_structured" is for 2:4 on CUDA.
     """
-
-    name: ClassVar[str] = "sparsify_activations"
 
     n: int = 8
     m: int = 16
     scoring: str = "robust_norm"
     factors: str = ""
+
+    def refuse(self, site: LinearSite, edit: Edit) -> str | None:
+        """Why a site has no factors, or None."""
+        if self.scoring not in SCORINGS:
+            return f"got scoring {self.scoring!r}, expected {' or '.join(SCORINGS)}"
+        if not self.factors:
+            return None
+        stored, wanted = edit.shared.get(self.factors), (site.in_features,)
+        if stored is not None and tuple(stored.shape) == wanted and stored.dtype is torch.float32:
+            return None
+        found = "nothing" if stored is None else f"{stored.dtype}{list(stored.shape)}"
+        return f"{self.factors} is {found}, expected torch.float32{list(wanted)}"
+
+    def ranks(self, site: LinearSite, edit: Edit) -> Node | None:
+        """The stored factors of a site, None where magnitudes alone rank."""
+        if self.scoring == "none" and not self.factors:
+            return None
+
+        def made() -> torch.Tensor:
+            factors = channel_factors(edit.constant(site.weight), self.scoring)
+            assert factors is not None
+            return factors
+
+        return edit.buffer(self.factors or f"{site.weight_name}.{self.scoring}", made)
+
+
+@dataclass(frozen=True)
+class SparsifyActivations(SitePass[LinearSite], Selection):
+    """n:m sparsity of a linear's input, by a `Selection`.
+
+    Attributes:
+        kernel: "mask" multiplies the zeros too; "semi_structured" is for 2:4 on CUDA.
+    """
+
+    name: ClassVar[str] = "sparsify_activations"
+
     kernel: str = "mask"
 
     def guard(self, site: LinearSite, edit: Edit) -> str | None:
         """The operator's contract, a weight that can be ranked by, and a device for the kernel."""
-        reason = factors_reason(site, edit, self.scoring, self.factors)
+        reason = self.refuse(site, edit)
         if reason is None and self.kernel not in KERNELS:
             reason = f"got kernel {self.kernel!r}, expected {' or '.join(KERNELS)}"
         if reason is not None:
@@ -62,7 +95,7 @@ class SparsifyActivations(SitePass[LinearSite]):
 
     def rewrite(self, site: LinearSite, edit: Edit) -> None:
         """Insert the selection before the linear, or put both into one operator."""
-        ranks = factors_of(site, edit, self.scoring, self.factors)
+        ranks = self.ranks(site, edit)
         if self.kernel == "semi_structured":
             fused = torch.ops.graphwright.nm_linear.default
             output = edit.call(fused, site.input, ranks, site.weight, site.bias, self.n, self.m, like=site.node)
@@ -79,30 +112,3 @@ def pattern_guard(x: torch.Tensor, n: int, m: int) -> str | None:
     """Why n:m cannot be selected of an activation, or None."""
     reason = nm_sparsify.CONTRACT.check(x=x, factors=Spec((x.shape[-1],), torch.float32), n=n, m=m)
     return reason or nm_sparsify.pattern_reason(n, m)
-
-
-def factors_reason(site: LinearSite, edit: Edit, scoring: str, name: str) -> str | None:
-    """Why there are no factors for a site, or None."""
-    if scoring not in SCORINGS:
-        return f"got scoring {scoring!r}, expected {' or '.join(SCORINGS)}"
-    if name:
-        stored = edit.shared.get(name)
-        wanted = (site.in_features,)
-        if stored is None or tuple(stored.shape) != wanted or stored.dtype is not torch.float32:
-            found = "nothing" if stored is None else f"{stored.dtype}{list(stored.shape)}"
-            return f"{name} is {found}, expected torch.float32{list(wanted)}"
-        return None
-    return None
-
-
-def factors_of(site: LinearSite, edit: Edit, scoring: str, name: str) -> Node | None:
-    """The stored factors of a site, None where magnitudes alone rank."""
-    if scoring == "none" and not name:
-        return None
-
-    def made() -> torch.Tensor:
-        factors = channel_factors(edit.constant(site.weight), scoring)
-        assert factors is not None
-        return factors
-
-    return edit.buffer(name or f"{site.weight_name}.{scoring}", made)

@@ -63,11 +63,9 @@ class SparsifyAttention(SitePass[AttentionSite]):
 
     def guard(self, site: AttentionSite, edit: Edit) -> str | None:
         """The layout must be proved again, the operator must take the site, and the subclass its options."""
-        if len(self.grid) != 3:
-            return f"the grid must be (frames, height, width), got {list(self.grid)}"
-        layout = video_layout(edit.view, site, tuple(self.grid))
-        if isinstance(layout, Refusal):
-            return str(layout)
+        layout = layout_on(self.grid, site, edit)
+        if isinstance(layout, str):
+            return layout
         reason = self.refuse(site, layout)
         if reason is None and self.snap:
             reason = Snap(**self.snap).refuse(site, layout, edit)
@@ -84,8 +82,8 @@ class SparsifyAttention(SitePass[AttentionSite]):
 
     def rewrite(self, site: AttentionSite, edit: Edit) -> None:
         """Make the lists and call the operator."""
-        layout = video_layout(edit.view, site, tuple(self.grid))
-        assert not isinstance(layout, Refusal)
+        layout = layout_on(self.grid, site, edit)
+        assert not isinstance(layout, str)
         if self.snap:
             query, key = Snap(**self.snap).operands(site, grid_sizes(site, layout, edit), edit)
             site = replace(site, query=query, key=key)
@@ -134,6 +132,14 @@ class GridSizes:
     def static(self) -> bool:
         """Whether all sizes are numbers."""
         return all(isinstance(size, int) for size in (self.frames, self.height, self.width, self.first, self.text))
+
+
+def layout_on(grid: Sequence[int | None], site: AttentionSite, edit: Edit) -> VideoLayout | str:
+    """How a site's tokens lie on a grid, proved on the graph as it is now; or why they do not."""
+    if len(grid) != 3:
+        return f"the grid must be (frames, height, width), got {list(grid)}"
+    layout = video_layout(edit.view, site, tuple(grid))
+    return str(layout) if isinstance(layout, Refusal) else layout
 
 
 def grid_sizes(site: AttentionSite, layout: VideoLayout, edit: Edit) -> GridSizes:

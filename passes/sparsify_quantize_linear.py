@@ -19,31 +19,20 @@ from ..kernels.nm_sparsify import pattern_reason
 from ..patterns.linear import LinearSite
 from .base import SitePass
 from .edit import Edit
-from .sparsify_activations import factors_of, factors_reason
+from .sparsify_activations import Selection
 
 
 @dataclass(frozen=True)
-class SparsifyQuantizeLinear(SitePass[LinearSite]):
-    """n:m sparse activations, then W8A8.
-
-    Attributes:
-        n, m: Channels kept of each block.
-        scoring: What ranks them beside their magnitude, see `kernels/channel_factors.py`.
-        factors: Name of the profile's tensor [K] that ranks them; "" computes it from the weight.
-    """
+class SparsifyQuantizeLinear(SitePass[LinearSite], Selection):
+    """n:m sparse activations by a `Selection`, then W8A8."""
 
     name: ClassVar[str] = "sparsify_quantize_linear"
-
-    n: int = 8
-    m: int = 16
-    scoring: str = "robust_norm"
-    factors: str = ""
 
     def guard(self, site: LinearSite, edit: Edit) -> str | None:
         """The operator's contract, and a weight that can be ranked by."""
         rows, columns = site.out_features, site.in_features
         return (
-            factors_reason(site, edit, self.scoring, self.factors)
+            self.refuse(site, edit)
             or nm_int8_linear.CONTRACT.check(
                 x=site.input.meta["val"],
                 factors=Spec((columns,), torch.float32),
@@ -65,7 +54,7 @@ class SparsifyQuantizeLinear(SitePass[LinearSite]):
                 made["int8"], made["scale"] = int8_linear.quantize_per_channel(edit.constant(site.weight))
             return made[name]
 
-        ranks = factors_of(site, edit, self.scoring, self.factors)
+        ranks = self.ranks(site, edit)
         values = edit.buffer(f"{site.weight_name}.int8", lambda: part("int8"))
         scale = edit.buffer(f"{site.weight_name}.int8_scale", lambda: part("scale"))
         operands = (site.input, ranks, values, scale, site.bias, self.n, self.m)

@@ -91,25 +91,25 @@ class Astraea(Method):
             raise ValueError(f"slack is a lower and an upper share of the budget, got {slack}")
         return slack
 
-    def settle(self, workshop: Any) -> Astraea:
+    def search_steps(self, trials: Any) -> Astraea:
         """Search the table, which says which steps share a phase.
 
         Raises:
             InvalidArgument: The model is no denoiser, a block cannot be rewritten, or there are no samplers.
         """
-        if workshop.captured.kind != "denoiser":
+        if trials.captured.kind != "denoiser":
             raise InvalidArgument(
-                f"ASTRAEA follows the steps of a denoiser, this is a {workshop.captured.kind}: use capture_denoiser"
+                f"ASTRAEA follows the steps of a denoiser, this is a {trials.captured.kind}: use capture_denoiser"
             )
         if self.table is not None or self.plan == "uniform":
             return self
-        steps = len(workshop.timesteps)
+        steps = len(trials.timesteps)
         limits = Limits.of(steps, self.budget, self.slack)
         total = evaluations(steps, self.parents, self.children, self.generations)
         levels = {f"level_{level}": level for level in range(LEVELS + 1)}
         names = [_WHOLE, *levels]
-        with workshop.progress.stage("blocks for each budget"):
-            variants = workshop.variants(names, lambda context: self.decide_levels(context, {_WHOLE: LEVELS, **levels}))
+        with trials.progress.stage("blocks for each budget"):
+            variants = trials.variants(names, lambda context: self.decide_levels(context, {_WHOLE: LEVELS, **levels}))
         failed = [d.reason for d in variants.program.decisions if d.status != "kept"]
         if failed or not variants.program.decisions:
             raise InvalidArgument(f"ASTRAEA finds no block that it can rewrite: {(failed or ['there is none'])[0]}")
@@ -124,7 +124,7 @@ class Astraea(Method):
         for video in whole:
             mark.update(video.cpu().contiguous().view(-1).to(torch.float32).numpy().tobytes())
         options = self.model_dump(mode="json", include={"penalty", "normalise", "residual", "tokens", "keys"})
-        with workshop.progress.stage("search of budgets", total):
+        with trials.progress.stage("search of budgets", total):
             found = search_budgets(
                 evaluate,
                 limits,
@@ -134,7 +134,7 @@ class Astraea(Method):
                 seed=self.seed,
                 study=self.study,
                 mark=f"{mark.hexdigest()} {options}",
-                on_step=workshop.progress.step,
+                on_step=trials.progress.step,
             )
         return self.model_copy(update={"table": found[0][0]})
 

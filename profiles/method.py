@@ -104,11 +104,11 @@ class Method(BaseModel, ABC):
         """
         return None
 
-    def settle(self, workshop: Any) -> Method:
+    def search_steps(self, trials: Any) -> Method:
         """What is to be known before the steps are cut into phases: a method that searches over steps does it here.
 
         Args:
-            workshop: The captured model and the calibration; see `workshop.py`.
+            trials: The captured model and the calibration; see `step_trials.py`.
 
         Returns:
             The method with what it found among its options.

@@ -10,16 +10,16 @@ The tables to start from are this implementation's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import InvalidArgument, InvalidFile, MissingExtra
+from ..errors import InvalidArgument
 from .cache_groups import Group, mean_bits
 from .cache_sensitivity import Pair
+from .study import load_optuna, open_study
 
 Sampler = Literal["nsga2", "random"]
 Table = tuple[Pair, ...]
@@ -73,8 +73,7 @@ def search_bits(
     layers = sum(len(group.layers) for group in groups)
     if least / layers > limit:
         raise InvalidArgument(f"no table has {limit} mean bits; the least is {least / layers:.2f}")
-    optuna = _optuna()
-    opened = _open(optuna, groups, sampler, seed, study)
+    opened = _open(groups, sampler, seed, study)
     known = {_table(groups, t.params): t.values[0] for t in opened.trials if t.values is not None}
 
     def objective(trial: Any) -> tuple[float, float]:
@@ -155,29 +154,18 @@ def _nearest(candidates: Sequence[Pair], pair: Pair) -> int:
     return distances.index(min(distances))
 
 
-def _open(optuna: Any, groups: Sequence[Group], sampler: Sampler, seed: int, path: Path | None) -> Any:
-    """The study, with what it is for noted in it."""
+def _open(groups: Sequence[Group], sampler: Sampler, seed: int, path: Path | None) -> Any:
+    """The study, with its sampler."""
     about = json.dumps([[group.layers, group.candidates] for group in groups])
-    mark = hashlib.sha256(about.encode()).hexdigest()
-    storage = None
-    if path is not None:
-        if not path.absolute().parent.is_dir():
-            raise InvalidFile(f"{path}: there is no such folder")
-        journal = optuna.storages.journal
-        storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
-    study = optuna.create_study(
-        storage=storage, study_name="kvtuner", directions=["minimize", "minimize"], load_if_exists=path is not None
-    )
-    if study.user_attrs.get("search", mark) != mark:
-        raise InvalidArgument(f"{path} holds the study of another search; give another file")
-    study.set_user_attr("search", mark)
+    study = open_study("kvtuner", about, path, objectives=2)
+    samplers = load_optuna().samplers
 
     # A resumed study must not draw the same numbers again.
     seed += 1000 * len(study.trials)
     if sampler == "random":
-        study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        study.sampler = samplers.RandomSampler(seed=seed)
     else:
-        study.sampler = optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
+        study.sampler = samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
     return study
 
 
@@ -185,12 +173,3 @@ _POPULATION = 20
 """Five generations in 100 trials; optuna's 50 would be two."""
 _PATIENCE = 4
 """How many tables are drawn, for each one that is to be evaluated, before the search ends."""
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise MissingExtra("optuna is not installed: pip install 'graphwright[search]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna

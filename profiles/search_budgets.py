@@ -14,7 +14,6 @@ implementation's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InvalidArgument, InvalidFile, MissingExtra
+from ..errors import InvalidArgument
+from .study import load_optuna, open_study
 
 Table = tuple[int, ...]
 """Tenths of the tokens, one number a step; the first step is whole."""
@@ -126,8 +126,9 @@ def search_budgets(
         InvalidFile: It cannot be written.
         MissingExtra: optuna is not installed.
     """
-    optuna = _optuna()
-    opened = _open(optuna, study, json.dumps([limits.steps, limits.least, limits.most, parents, children, mark]))
+    optuna = load_optuna()
+    about = json.dumps([limits.steps, limits.least, limits.most, parents, children, mark])
+    opened = open_study("astraea", about, study)
     done = len(_complete(optuna, opened))
     # A process that goes on, or works beside others, must not draw what was drawn already.
     rng = np.random.default_rng([seed, done, len(opened.trials)])
@@ -266,28 +267,3 @@ def _table(trial: Any, steps: int) -> Table:
 
 def _complete(optuna: Any, study: Any) -> list[Any]:
     return study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-
-
-def _open(optuna: Any, path: Path | None, about: str) -> Any:
-    """The study, with what it is for noted in it."""
-    mark = hashlib.sha256(about.encode()).hexdigest()
-    storage = None
-    if path is not None:
-        if not path.absolute().parent.is_dir():
-            raise InvalidFile(f"{path}: there is no such folder")
-        journal = optuna.storages.journal
-        storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(path)))
-    study = optuna.create_study(storage=storage, study_name="astraea", load_if_exists=path is not None)
-    if study.user_attrs.get("search", mark) != mark:
-        raise InvalidArgument(f"{path} holds the study of another search; give another file")
-    study.set_user_attr("search", mark)
-    return study
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as error:
-        raise MissingExtra("optuna is not installed: pip install 'graphwright[search]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna

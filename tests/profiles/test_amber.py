@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -14,6 +12,7 @@ import graphwright as gw
 from graphwright.errors import GraphwrightError, InvalidArgument, StaleProfile
 from graphwright.profiles.amber import AmberPruner
 from tests.models import CACHE, VOCABULARY, Mlp, captured_llama, tiny_llama
+from tests.new_process import assert_replays
 
 TEXTS = torch.randint(0, VOCABULARY, (6, CACHE - 1), generator=torch.Generator().manual_seed(5))
 
@@ -129,19 +128,7 @@ def test_a_plain_module_is_one_prefill():
 
 def test_a_profile_replays_bit_equal_in_a_new_process(tmp_path):
     made = program()
-    made.profile.save(tmp_path / "p.json")
-    torch.save(logits(made), tmp_path / "expected.pt")
-    code = f"""if True:
-        import torch, graphwright as gw
-        from tests.models import captured_llama
-        from tests.profiles.test_amber import logits
-        made = gw.optimize(captured_llama(), profile={str(tmp_path / "p.json")!r}, progress=False)
-        assert torch.equal(logits(made), torch.load({str(tmp_path / "expected.pt")!r}))
-        made.save({str(tmp_path / "p.gw")!r})
-        assert torch.equal(logits(gw.load({str(tmp_path / "p.gw")!r})), logits(made))
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_replays(made, logits(made), "tests.profiles.test_amber", tmp_path)
 
 
 def test_a_profile_for_other_weights_is_refused():

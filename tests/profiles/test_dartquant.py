@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -21,6 +19,7 @@ from graphwright.profiles.gptq import gptq
 from graphwright.profiles.measure import SiteMeasure
 from graphwright.profiles.whip import fit_rotation, random_hadamard, rounding_error, whip
 from tests.models import CACHE, VOCABULARY, Mlp, captured_llama, tokens
+from tests.new_process import assert_replays
 
 TEXTS = torch.randint(0, VOCABULARY, (8, CACHE - 1), generator=torch.Generator().manual_seed(5))
 QUICK = {"steps": 3, "samples": 128, "batch": 128}
@@ -120,18 +119,7 @@ def test_seeds_repeat():
 
 def test_a_profile_replays_bit_equal_in_a_new_process(tmp_path):
     made = program(rotate="always", kv_bits=4)
-    made.profile.save(tmp_path / "p.json")
-    expected = logits(made)
-    torch.save(expected, tmp_path / "expected.pt")
-    code = f"""if True:
-        import torch, graphwright as gw
-        from tests.models import captured_llama
-        from tests.profiles.test_dartquant import logits
-        made = gw.optimize(captured_llama(), profile={str(tmp_path / "p.json")!r}, progress=False)
-        assert torch.equal(logits(made), torch.load({str(tmp_path / "expected.pt")!r}))
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_replays(made, logits(made), "tests.profiles.test_dartquant", tmp_path)
 
 
 def test_saves_loads_and_generates(tmp_path):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -16,6 +14,7 @@ from graphwright.kernels.bitmask_weights import decompress
 from graphwright.profiles import losa as module
 from graphwright.profiles.losa import LoSA
 from tests.models import CACHE, VOCABULARY, Mlp, captured_llama, tiny_llama
+from tests.new_process import assert_replays
 
 # Texts that can be learned: every token follows from the one before.
 STEPS = torch.arange(8)[:, None] * 3 + torch.arange(CACHE - 1) * 5
@@ -174,19 +173,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path,
 
 def test_a_profile_replays_bit_equal_in_a_new_process_and_the_file_is_small(tmp_path):
     made = program()
-    made.profile.save(tmp_path / "p.json")
-    torch.save(logits(made), tmp_path / "expected.pt")
-    code = f"""if True:
-        import torch, graphwright as gw
-        from tests.models import captured_llama
-        from tests.profiles.test_losa import logits
-        made = gw.optimize(captured_llama(), profile={str(tmp_path / "p.json")!r}, progress=False)
-        assert torch.equal(logits(made), torch.load({str(tmp_path / "expected.pt")!r}))
-        made.save({str(tmp_path / "p.gw")!r})
-        assert torch.equal(logits(gw.load({str(tmp_path / "p.gw")!r})), logits(made))
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_replays(made, logits(made), "tests.profiles.test_losa", tmp_path)
     stored = sum(t.nbytes for name, t in made.profile.tensors.items() if name.startswith("losa."))
     dense = sum(weight.nbytes for weight in weights(made).values())
     assert stored <= 0.5 * dense

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -14,6 +12,7 @@ import graphwright as gw
 from graphwright.errors import GraphwrightError, InvalidArgument
 from graphwright.profiles.outstanding import OutstandingSparse, scale_of
 from tests.models import CACHE, VOCABULARY, captured_llama
+from tests.new_process import assert_replays
 
 TEXTS = torch.randint(0, VOCABULARY, (6, CACHE - 1), generator=torch.Generator().manual_seed(5))
 
@@ -115,19 +114,7 @@ def test_plain_norms_keep_their_ranks_whatever_the_scale():
 
 def test_a_profile_replays_bit_equal_in_a_new_process(tmp_path):
     made = program(factors_from="original")
-    made.profile.save(tmp_path / "p.json")
-    torch.save(logits(made), tmp_path / "expected.pt")
-    code = f"""if True:
-        import torch, graphwright as gw
-        from tests.models import captured_llama
-        from tests.profiles.test_outstanding import logits
-        made = gw.optimize(captured_llama(), profile={str(tmp_path / "p.json")!r}, progress=False)
-        assert torch.equal(logits(made), torch.load({str(tmp_path / "expected.pt")!r}))
-        made.save({str(tmp_path / "p.gw")!r})
-        assert torch.equal(logits(gw.load({str(tmp_path / "p.gw")!r})), logits(made))
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert_replays(made, logits(made), "tests.profiles.test_outstanding", tmp_path)
 
 
 def test_a_profile_without_its_scales_is_refused():

@@ -28,7 +28,7 @@ from .progress import Progress
 
 
 @dataclass(frozen=True)
-class Workshop:
+class StepTrials:
     """The captured model, before methods decide.
 
     Attributes:
