@@ -9,8 +9,8 @@ from torch.export import ExportedProgram
 
 from .errors import InvalidArgument
 from .passes.base import Pass, pass_named
+from .passes.copy_exported import copy_exported
 from .passes.decision import Decision
-from .passes.edit import copy_exported
 from .passes.hoist_order import HoistOrder
 from .passes.manager import PassManager
 from .passes.rewrite import Rewriting, agree_on_state, apply_decisions

@@ -15,9 +15,9 @@ from .errors import InvalidArgument, VerificationError
 from .passes.assume_empty_cache import AssumeEmptyCache
 from .passes.base import pass_named
 from .passes.canonicalize import canonicalize
+from .passes.copy_exported import copy_exported
 from .passes.decision import Decision
 from .passes.dialects import TOLERANCE, largest_difference, run_functional
-from .passes.edit import copy_exported
 from .passes.fix_sizes import FixSizes
 from .passes.manager import PassManager, PassRecord
 from .passes.merge_duplicates import MergeDuplicates

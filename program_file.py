@@ -12,7 +12,7 @@ from torch import Tensor
 from .archive.container import Contents, read_archive, write_archive
 from .errors import InvalidFile
 from .passes.base import discover
-from .passes.edit import copy_exported
+from .passes.copy_exported import copy_exported
 from .passes.manager import PassRecord
 from .passes.undo import check_undo
 from .patterns.graph import Refusal

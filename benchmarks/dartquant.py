@@ -22,8 +22,8 @@ from graphwright.benchmarks.end_to_end_rotation import QuantizedModel, cayley_st
 from graphwright.benchmarks.timing import one_thread
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import perplexity, read_text, token_windows
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.dialects import run_functional
-from graphwright.passes.edit import copy_exported
 from graphwright.passes.rewrite import apply_decisions
 from graphwright.prepare import Prepared, is_exact, prepare, with_exact
 from graphwright.profiles.activation_samples import sample_rows

@@ -20,9 +20,9 @@ from ..build import build
 from ..capture import Captured, capture
 from ..errors import InvalidArgument, VerificationError
 from ..passes.canonicalize import CANONICALIZERS
+from ..passes.copy_exported import copy_exported
 from ..passes.decision import Decision
 from ..passes.dialects import run_functional
-from ..passes.edit import copy_exported
 from ..passes.manager import PassManager
 from ..patterns.graph import GraphView
 from ..prepare import Prepared, prepare, with_exact

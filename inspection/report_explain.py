@@ -10,8 +10,9 @@ from torch.fx import Node
 
 from ..errors import InvalidArgument
 from ..passes.base import pass_named
+from ..passes.copy_exported import copy_exported
 from ..passes.decision import Decision
-from ..passes.edit import Edit, copy_exported
+from ..passes.edit import Edit
 from ..patterns.find import find_sites
 from ..patterns.graph import GraphView, shape_of
 from ..patterns.site import Site

@@ -8,7 +8,6 @@ in line.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -334,32 +333,6 @@ class Edit:
                 values[position] = self.call(aten.clone.default, value, like=value, before=output)
             seen.add(value)
         output.args = (tuple(values),)
-
-
-def copy_exported(exported: ExportedProgram) -> ExportedProgram:
-    """A program with its own graph and signature that shares every tensor with the original."""
-    graph = torch.fx.Graph()
-    mapping: dict[Node, Node] = {}
-    output = graph.graph_copy(exported.graph, mapping)
-    end = graph.output(output)
-    for node, copied in mapping.items():
-        # A graph renames what is called like a Python builtin (`input`); the signature knows it by its old name.
-        copied.name = node.name
-    end.meta = dict(exported.graph.output_node().meta)
-    signature = exported.graph_signature
-    return ExportedProgram(
-        root=exported.graph_module,
-        graph=graph,
-        graph_signature=type(signature)(
-            [copy.copy(spec) for spec in signature.input_specs], [copy.copy(spec) for spec in signature.output_specs]
-        ),
-        state_dict=dict(exported.state_dict),
-        range_constraints=dict(exported.range_constraints),
-        module_call_graph=exported.module_call_graph,
-        example_inputs=exported.example_inputs,
-        constants=dict(exported.constants),
-        verifiers=exported.verifiers,
-    )
 
 
 def _fake_mode(exported: ExportedProgram) -> FakeTensorMode:

@@ -27,8 +27,8 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from ..kernels import hadamard
 from ..kernels.int4_weights import GROUPS, Int4, group_reason
+from ..passes.copy_exported import copy_exported
 from ..passes.decision import Decision
-from ..passes.edit import copy_exported
 from ..passes.rewrite import apply_decisions
 from ..patterns.find import find_sites
 from ..patterns.graph import GraphView

@@ -18,9 +18,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from ..passes.copy_exported import copy_exported
 from ..passes.decision import Decision
 from ..passes.dialects import graph_arguments, run_functional, stored_value
-from ..passes.edit import copy_exported
 from ..passes.rewrite import apply_decisions
 from ..patterns.graph import GraphView, describe
 

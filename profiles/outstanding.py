@@ -31,8 +31,8 @@ from torch.fx import Node
 
 from ..kernels.channel_factors import channel_factors
 from ..kernels.int8_linear import int8_linear, quantize_per_channel
+from ..passes.copy_exported import copy_exported
 from ..passes.decision import Decision
-from ..passes.edit import copy_exported
 from ..passes.rewrite import apply_decisions
 from ..passes.widen_channels import linear_factor, norm_readers
 from ..patterns.find import find_sites

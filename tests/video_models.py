@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 import graphwright as gw
 from graphwright.passes.canonicalize import CANONICALIZERS
-from graphwright.passes.edit import copy_exported
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.manager import PassManager
 
 Made = tuple[nn.Module, dict[str, Any]]

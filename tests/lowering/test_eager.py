@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from graphwright.lowering.eager import lower_eager
 from graphwright.passes.canonicalize import canonicalize
-from graphwright.passes.edit import copy_exported
+from graphwright.passes.copy_exported import copy_exported
 from tests.graph_text import functional
 from tests.models import CACHE, captured_llama, tokens
 

@@ -6,8 +6,8 @@ from torch.export import ExportedProgram
 
 from graphwright.passes.assume_empty_cache import AssumeEmptyCache
 from graphwright.passes.canonicalize import canonicalize
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.dialects import run_functional
-from graphwright.passes.edit import copy_exported
 from graphwright.passes.manager import PassManager
 from tests.graph_text import check_text, operators
 from tests.models import captured_llama, tokens

@@ -7,8 +7,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from graphwright.errors import VerificationError
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.dialects import run_functional, verify
-from graphwright.passes.edit import Edit, copy_exported
+from graphwright.passes.edit import Edit
 from graphwright.patterns.text import graph_text
 from graphwright.phases import state_of
 from tests.graph_text import functional

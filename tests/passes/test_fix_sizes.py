@@ -6,8 +6,8 @@ from torch.export import ExportedProgram
 
 from graphwright.errors import InvalidArgument
 from graphwright.passes.canonicalize import canonicalize
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.dialects import run_functional
-from graphwright.passes.edit import copy_exported
 from graphwright.passes.fix_sizes import FixSizes
 from graphwright.passes.manager import PassManager
 from graphwright.patterns.graph import GraphView, free_symbols

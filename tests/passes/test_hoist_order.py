@@ -18,9 +18,10 @@ from graphwright.examples.load_tiny_wan import load_prompts, load_tiny_wan
 from graphwright.kernels import block_sparse_attention  # noqa: F401 (registers the operator)
 from graphwright.kernels.token_order import token_order
 from graphwright.passes.canonicalize import CANONICALIZERS
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.decision import Decision
 from graphwright.passes.drop_noops import DropNoops
-from graphwright.passes.edit import Edit, copy_exported
+from graphwright.passes.edit import Edit
 from graphwright.passes.hoist_order import HoistOrder
 from graphwright.passes.manager import PassManager, PassRecord
 from graphwright.passes.rewrite import apply_decisions

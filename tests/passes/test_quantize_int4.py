@@ -9,9 +9,9 @@ from graphwright.kernels.hadamard import reference as hadamard
 from graphwright.kernels.int4_linear import reference
 from graphwright.kernels.int4_weights import quantize_groups
 from graphwright.passes.canonicalize import canonicalize
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.decision import Decision
 from graphwright.passes.dialects import run_functional
-from graphwright.passes.edit import copy_exported
 from graphwright.passes.rewrite import apply_decisions
 from graphwright.patterns.find import find_sites
 from graphwright.patterns.graph import GraphView

@@ -8,9 +8,9 @@ from torch import nn
 
 from graphwright.errors import InvalidArgument
 from graphwright.passes.canonicalize import canonicalize
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.decision import Decision
 from graphwright.passes.dialects import example_outputs, largest_difference, run_functional
-from graphwright.passes.edit import copy_exported
 from graphwright.passes.rewrite import apply_decisions
 from graphwright.patterns.find import find_sites
 from graphwright.patterns.graph import GraphView

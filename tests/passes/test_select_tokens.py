@@ -8,8 +8,8 @@ from torch import nn
 
 from graphwright.lowering.eager import lower_eager
 from graphwright.passes.canonicalize import CANONICALIZERS
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.decision import Decision
-from graphwright.passes.edit import copy_exported
 from graphwright.passes.manager import PassManager
 from graphwright.passes.rewrite import apply_decisions
 from graphwright.patterns.block_site import find_blocks

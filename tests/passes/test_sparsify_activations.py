@@ -8,9 +8,9 @@ import torch
 from graphwright.kernels.channel_factors import channel_factors
 from graphwright.kernels.nm_sparsify import reference
 from graphwright.passes.canonicalize import canonicalize
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.decision import Decision
 from graphwright.passes.dialects import run_functional
-from graphwright.passes.edit import copy_exported
 from graphwright.passes.rewrite import apply_decisions
 from graphwright.patterns.find import find_sites
 from graphwright.patterns.graph import GraphView

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.decision import Decision
 from graphwright.passes.dialects import run_functional
-from graphwright.passes.edit import copy_exported
 from graphwright.passes.manager import PassManager
 from graphwright.passes.rewrite import apply_decisions
 from graphwright.passes.stack_linears import StackLinears, common_stacks

@@ -7,7 +7,7 @@ import torch
 
 import graphwright as gw
 from graphwright.passes.canonicalize import canonicalize
-from graphwright.passes.edit import copy_exported
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.undo import Snapshot, check_undo, step_back
 from graphwright.patterns.rows import rows_of
 from tests.models import Mlp, captured_llama, tokens

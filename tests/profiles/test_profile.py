@@ -10,8 +10,8 @@ from torch.export import Dim, ExportedProgram
 
 from graphwright.errors import GraphwrightError, InvalidFile, StaleProfile
 from graphwright.passes.canonicalize import canonicalize
+from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.decision import Decision
-from graphwright.passes.edit import copy_exported
 from graphwright.profiles import profile as profile_module
 from graphwright.profiles.profile import (
     SCHEMA_VERSION,
