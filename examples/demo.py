@@ -100,7 +100,9 @@ def _measure(
 
 
 def _speed_up(ratio: float) -> str:
-    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+    if abs(ratio - 1) < 0.01:
+        return "as fast"
+    return f"{ratio:.2f}x faster" if ratio > 1 else f"{1 / ratio:.2f}x slower"
 
 
 def _in_turn(run: Any, before: gw.Program, after: gw.Program, rounds: int) -> tuple[float, float]:
