@@ -60,12 +60,17 @@ def picture(maker: Maker) -> Maker:
     return maker
 
 
-def pictures_of(program: Program) -> list[Picture]:
-    """All pictures of a program."""
+def makers() -> list[Maker]:
+    """All registered makers, the package's own among them."""
     from . import method_pictures  # noqa: F401  what it imports registers itself
 
+    return PICTURES
+
+
+def pictures_of(program: Program) -> list[Picture]:
+    """All pictures of a program."""
     found: list[Picture] = []
-    for maker in PICTURES:
+    for maker in makers():
         made = maker(program)
         found += made if isinstance(made, list) else [made] if made is not None else []
     return found

@@ -47,14 +47,14 @@ def blocks(page: Path) -> Iterator[str]:
 @pytest.fixture
 def page_module(monkeypatch, tmp_path) -> ModuleType:
     """An empty module in an empty folder; what a page registers is forgotten after it."""
-    # The package's own methods and passes are registered first, since they would be forgotten too.
+    # The package's own methods, passes and pictures are registered first, since they would be forgotten too.
     method.methods()
     base.pass_named("quantize_linear")
     module = ModuleType("page")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(method, "METHODS", dict(method.METHODS))
     monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
-    monkeypatch.setattr(picture, "PICTURES", list(picture.PICTURES))
+    monkeypatch.setattr(picture, "PICTURES", list(picture.makers()))
     two_layers = functools.partial(load_smollm2.load_smollm2, layers=2)
     monkeypatch.setattr(load_smollm2, "load_smollm2", two_layers)
     monkeypatch.chdir(tmp_path)

@@ -15,7 +15,7 @@ import graphwright as gw
 from graphwright.errors import InvalidArgument, InvalidFile
 from graphwright.html_report.graph_data import MISSING
 from graphwright.html_report.module_groups import MOST_MEMBERS, group_nodes, layers_of
-from graphwright.html_report.picture import PICTURES, Picture, picture
+from graphwright.html_report.picture import Picture, makers, picture
 from graphwright.html_report.png import png_address
 from graphwright.html_report.write import page_data, page_text
 from graphwright.patterns.rows import rows_of
@@ -221,7 +221,7 @@ def test_masks_and_frames_of_a_video(tmp_path):
 
 
 def test_a_method_adds_a_picture_with_one_function(monkeypatch):
-    monkeypatch.setattr("graphwright.html_report.picture.PICTURES", list(PICTURES))
+    monkeypatch.setattr("graphwright.html_report.picture.PICTURES", list(makers()))
     from graphwright.html_report import picture as module
 
     @picture
