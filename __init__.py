@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .profiles.presets import preset
     from .profiles.profile import Profile
     from .profiles.rainfusion import RainFusion
+    from .profiles.razor import RazorAttention
     from .profiles.timeripple import TimeRipple
     from .program import Program
     from .program_file import load
@@ -62,6 +63,7 @@ _HOME = {
     "Profile": "profiles.profile",
     "Program": "program",
     "RainFusion": "profiles.rainfusion",
+    "RazorAttention": "profiles.razor",
     "TimeRipple": "profiles.timeripple",
     "bisect": "inspection.bisection",
     "capture": "capture",
@@ -93,6 +95,7 @@ __all__ = [
     "Profile",
     "Program",
     "RainFusion",
+    "RazorAttention",
     "TimeRipple",
     "bisect",
     "capture",

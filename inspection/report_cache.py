@@ -1,4 +1,4 @@
-"""The part of a report that is about packed caches: bits by layer, true bytes, and the front of the search."""
+"""The part of a report that is about caches: bits by layer, whole and split heads, true bytes, the front of a search."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 
 def cache_parts(program: Program) -> list[RenderableType]:
-    """What to print, nothing where no cache was packed."""
-    kept = [d for d in program.decisions if d.status == "kept" and d.pass_name == "quantize_cache"]
-    if not kept:
+    """What to print, nothing where no cache was packed or split."""
+    return [*_packed_parts(program), *_split_parts(program)]
+
+
+def _packed_parts(program: Program) -> list[RenderableType]:
+    layers = _layers(program, "quantize_cache")
+    if not layers:
         return []
-    phase = kept[0].phase
-    layers = [d for d in program.decisions if d.phase == phase and d.pass_name == "quantize_cache"]
     parts: list[RenderableType] = ["packed cache: bits of keys and values by layer", _bits(layers), *_bytes(layers)]
     searched = program.profile.measured.get("kvtuner")
     if searched:
@@ -29,21 +31,74 @@ def cache_parts(program: Program) -> list[RenderableType]:
     return parts
 
 
+def _split_parts(program: Program) -> list[RenderableType]:
+    layers = _layers(program, "split_cache_heads")
+    if not layers:
+        return []
+    table = Table()
+    for column in ("layers", "heads that keep every token", "of the others", "packed"):
+        table.add_column(column)
+    for first, last, row in _runs([_split_row(decision) for decision in layers]):
+        table.add_row(_span(first, last), *row)
+    kept = [d for d in layers if d.status == "kept"]
+    whole, all_heads, before, after = (
+        sum(column) for column in zip(*(_split_figures(decision) for decision in kept), strict=True)
+    )
+    size = f"{after / 1e6:.2f} MB, {after / before:.3f} of the whole cache"
+    return ["split cache: heads by layer", table, f"  {whole} of {all_heads} heads keep every token: {size}"]
+
+
+def _split_row(decision: Decision) -> tuple[str, str, str]:
+    if decision.status != "kept":
+        return "as it was", "-", "-"
+    options, pack = decision.options, decision.options.get("pack")
+    others = f"first {options['sinks']}, last {options['window']}{', mean' if options['compensate'] else ''}"
+    packed = f"K{pack['key_bits']}V{pack['value_bits']}" if pack else "-"
+    return ", ".join(map(str, options["keep"])) or "none", others, packed
+
+
+def _split_figures(decision: Decision) -> tuple[int, int, int, int]:
+    """Heads that keep every token, all heads, and the bytes of the whole and of the split cache."""
+    whole, heads = len(decision.options["keep"]), int(decision.figures["heads"])
+    before, after = (int(decision.facts[name]) for name in ("full bytes", "split bytes"))
+    if decision.options.get("pack"):
+        after += (int(decision.facts["packed bytes"]) - before) * whole // heads
+    return whole, heads, before, after
+
+
+def _layers(program: Program, pass_name: str) -> list[Decision]:
+    """What a pass was to do at each layer, in the first phase where it was kept somewhere."""
+    found = [d for d in program.decisions if d.pass_name == pass_name]
+    phase = next((d.phase for d in found if d.status == "kept"), None)
+    return [d for d in found if d.phase == phase]
+
+
+def _runs(rows: Sequence[Any]) -> list[tuple[int, int, Any]]:
+    """Neighbouring rows that are equal, as (first, last, row)."""
+    runs: list[tuple[int, int, Any]] = []
+    for number, row in enumerate(rows):
+        if runs and runs[-1][2] == row:
+            runs[-1] = (runs[-1][0], number, row)
+        else:
+            runs.append((number, number, row))
+    return runs
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
+
+
 def _bits(layers: Sequence[Decision]) -> Table:
     """Runs of neighbouring layers with the same bits."""
     table = Table()
     for column in ("layers", "bits", "mode"):
         table.add_column(column)
-    rows: list[list[Any]] = []
-    for number, decision in enumerate(layers):
-        kept = decision.status == "kept"
-        label = (decision.facts.get("role", "-"), decision.options.get("mode", "-")) if kept else ("as it was", "-")
-        if rows and rows[-1][2] == label:
-            rows[-1][1] = number
-        else:
-            rows.append([number, number, label])
-    for first, last, (bits, mode) in rows:
-        table.add_row(str(first) if first == last else f"{first} to {last}", bits, mode)
+    labels = [
+        (d.facts.get("role", "-"), d.options.get("mode", "-")) if d.status == "kept" else ("as it was", "-")
+        for d in layers
+    ]
+    for first, last, label in _runs(labels):
+        table.add_row(_span(first, last), *label)
     return table
 
 

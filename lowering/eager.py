@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 
 from ..kernels import cache_append as _cache_append  # noqa: F401 (registers the operators)
+from ..kernels import window_cache_append as _window_cache_append  # noqa: F401
 
 aten = torch.ops.aten
 
@@ -31,6 +32,7 @@ IN_PLACE: dict[Any, Any] = {
     aten.add.Tensor: aten.add_.Tensor,
     aten.copy.default: aten.copy_.default,
     torch.ops.graphwright.cache_append.default: torch.ops.graphwright.cache_append_.default,
+    torch.ops.graphwright.window_cache_append.default: torch.ops.graphwright.window_cache_append_.default,
 }
 
 

@@ -81,23 +81,35 @@ class QuantizeCache(SitePass[CacheSite]):
 
     def rewrite(self, site: CacheSite, edit: Edit) -> None:
         """Keep packed stores instead of the buffers, and let the attention read them."""
-        keys_as, values_as = self._packings(site)
-        fact = _mask(site, edit)
-        keys = self._store(site, edit, site.key_name, site.key_buffer, site.key_write, site.new_key, keys_as)
-        values = self._store(
-            site, edit, site.value_name, site.value_buffer, site.value_write, site.new_value, values_as
-        )
+        query = arguments(site.attention)["query"]
+        output = self.pack(site, edit, query, (site.new_key, site.new_value))
+        if output is not None:
+            edit.replace(site.attention, output)
+
+    def pack(self, site: CacheSite, edit: Edit, query: Node, new: tuple[Node, Node]) -> Node | None:
+        """Keep packed stores of new keys and values instead of what the site keeps.
+
+        Args:
+            site: Whose cache it is.
+            edit: Where it is done.
+            query: [B, Hq, N, D], all queries of the site or those of some heads.
+            new: The keys and values of the same heads.
+
+        Returns:
+            The attention of the queries to the packed cache; None where the site's attention does not read its cache.
+        """
+        names, writes = (site.key_name, site.value_name), (site.key_write, site.value_write)
+        halves = zip(names, writes, new, self._packings(site), strict=True)
+        stores = [self._store(site, edit, *half) for half in halves]
         if site.reads == "new":
-            return
-        node = site.attention
-        args = arguments(node)
-        scale = args["scale"]
+            return None
+        node, fact = site.attention, _mask(site, edit)
+        scale = arguments(node)["scale"]
         padding = () if fact.padding is None else (fact.padding,)
-        output = edit.call(
+        return edit.call(
             torch.ops.graphwright.quantized_cache_attention.default,
-            args["query"],
-            keys,
-            values,
+            query,
+            *stores,
             site.positions,
             self.key_bits,
             self.value_bits,
@@ -108,7 +120,6 @@ class QuantizeCache(SitePass[CacheSite]):
             *padding,
             like=node,
         )
-        edit.replace(node, output)
 
     def _packings(self, site: CacheSite) -> tuple[Packing, Packing]:
         key_form, value_form = FORMS[self.mode]
@@ -117,12 +128,11 @@ class QuantizeCache(SitePass[CacheSite]):
             Packing(self.value_bits, value_form, site.value_head_dim),
         )
 
-    def _store(
-        self, site: CacheSite, edit: Edit, name: str, buffer: Node, write: Node, new: Node, packing: Packing
-    ) -> Node:
+    def _store(self, site: CacheSite, edit: Edit, name: str, write: Node, new: Node, packing: Packing) -> Node:
         """The store after the new tokens were appended."""
-        batch, heads, length, _ = shape_of(buffer)
-        device = buffer.meta["val"].device
+        batch, heads, length = shape_of(site.key_buffer)[0], shape_of(new)[1], site.length
+        device = write.meta["val"].device
+        assert length is not None
 
         def empty() -> Tensor:
             return torch.zeros(batch, heads, packing.bytes_for(length), dtype=torch.uint8, device=device)
@@ -136,6 +146,7 @@ class QuantizeCache(SitePass[CacheSite]):
             packing.bits,
             packing.form,
             like=write,
+            before=site.attention,
         )
         edit.keep(write, store, appended)
         return appended

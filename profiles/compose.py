@@ -1,8 +1,9 @@
 """Several methods at one site: which pairs go together, and in which order.
 
 A pass declares in `absorbs` which other passes it can do as well, before its own work: block-sparse attention can snap
-its queries and keys first (TimeRipple, then RainFusion or Compact Attention). Two decisions about one site become one,
-which profiles, budget and rollback treat as any other. Everything else is refused with the pair named.
+its queries and keys first (TimeRipple, then RainFusion or Compact Attention), and a cache that is split by heads can be
+packed where it is kept whole (RazorAttention and KVTuner, in any order). Two decisions about one site become one, which
+profiles, budget and rollback treat as any other. Everything else is refused with the pair named.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ from typing import Any
 from ..errors import InvalidArgument
 from ..passes.base import pass_named
 from ..passes.decision import Decision
+from ..passes.quantize_cache import QuantizeCache
 from ..passes.snap_operands import Snap
 
-_PARTS: dict[str, frozenset[str]] = {"snap": frozenset(item.name for item in fields(Snap))}
+_PARTS: dict[str, frozenset[str]] = {
+    "snap": frozenset(item.name for item in fields(Snap)),
+    "pack": frozenset(item.name for item in fields(QuantizeCache)),
+}
 """What a field that takes another pass's options takes of them."""
+_IN_ANY_ORDER = frozenset({"pack"})
+"""Fields of passes that go together whichever method decided first: neither looks at what the other does."""
 
 
 def compose(decisions: Sequence[Decision]) -> list[Decision]:
@@ -70,6 +77,8 @@ def _joined(first: Decision, second: Decision) -> Decision:
     """One decision in the place of two."""
     field = _absorbs(second).get(first.pass_name)
     if field is None:
+        if _absorbs(first).get(second.pass_name) in _IN_ANY_ORDER:
+            return _joined(second, first)
         if second.pass_name in _absorbs(first):
             raise InvalidArgument(
                 f"{first.method} and {second.method} would both rewrite {first.site}; give {second.method} first:"

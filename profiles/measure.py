@@ -180,11 +180,15 @@ class _ChannelRunner(torch.fx.Interpreter):
 def relative_error(
     exported: ExportedProgram, reference: Iterable[Sequence[Tensor]], results: Iterable[Sequence[Tensor]]
 ) -> float:
-    """Relative L2 distance over the user outputs of all runs; state that the program writes does not count."""
+    """Relative L2 distance over the user outputs of all runs; state that the program writes does not count.
+
+    State comes first among a program's outputs, and a rewritten program may keep more or less of it.
+    """
     mutations = len(GraphView(exported).mutated)
     distance = length = 0.0
     for before, after in zip(reference, results, strict=True):
-        for a, b in zip(before[mutations:], after[mutations:], strict=True):
+        count = len(before) - mutations
+        for a, b in zip(before[mutations:], after[len(after) - count :], strict=True):
             distance += float(torch.linalg.vector_norm(a.float() - b.float()) ** 2)
             length += float(torch.linalg.vector_norm(a.float()) ** 2)
     return (distance / max(length, 1e-30)) ** 0.5

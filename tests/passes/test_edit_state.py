@@ -120,3 +120,71 @@ def test_what_is_not_kept_cannot_be_kept_otherwise():
     store = edit.state("other", lambda: torch.zeros(4))
     with pytest.raises(VerificationError, match="x is kept in 0 buffers"):
         edit.keep(x, store, x)
+
+
+def keep_a_copy(edit: Edit, name: str) -> Node:
+    """Besides what is kept, keep three times the input."""
+    x = next(node for node in edit.graph.find_nodes(op="placeholder") if node.name == "x")
+    value = edit.call(aten.mul.Tensor, x, 3.0, like=written(edit, "calls"))
+    edit.keep_too(edit.state(name, lambda: torch.zeros(4)), value)
+    return value
+
+
+def double_the_output(edit: Edit) -> None:
+    old = next(node for node in edit.graph.nodes if node.target is aten.mul.Tensor and node.args[1] == 2)
+    edit.replace(old, edit.call(aten.mul.Tensor, old.args[0], 4, like=old))
+
+
+def test_more_can_be_kept_than_was():
+    exported = counter()
+    edit = Edit(exported)
+    with edit.transaction("more"):
+        keep_a_copy(edit, "one")
+        keep_a_copy(edit, "two")
+    edit.finish()
+    verify(exported, "canonical", "more", edit.touched)
+    assert list(state_of(exported)) == ["total", "calls", "one", "two"]
+    x = torch.randn(4)
+    total, calls, one, two, output = run_functional(exported, [x])
+    assert torch.equal(one, 3 * x)
+    assert torch.equal(two, one)
+    assert torch.equal(output, x * 2)
+    assert torch.equal(total, x)
+    assert torch.equal(calls, torch.ones(4))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (2, 0, 1)])
+def test_what_is_kept_besides_is_undone_in_any_order(order):
+    """Outputs move when one is added or taken away, and what was redirected before is still found."""
+    exported = counter()
+    edit = Edit(exported)
+    before = graph_text(exported)
+    x = torch.randn(4)
+    wanted = run_functional(exported, [x])
+    changes = []
+    for rewrite in (
+        double_the_output,
+        lambda edit: keep_a_copy(edit, "one"),
+        lambda edit: (keep_as_half(edit), keep_a_copy(edit, "two")),
+    ):
+        with edit.transaction("t") as change:
+            rewrite(edit)
+        changes.append(change)
+    for number in order:
+        changes[number].undo()
+    edit.finish()
+    verify(exported, "canonical", "undo", edit.touched)
+    assert graph_text(exported) == before
+    for found, expected in zip(run_functional(exported, [x]), wanted, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_rewrite_that_raises_keeps_nothing_more():
+    exported = counter()
+    edit = Edit(exported)
+    before = graph_text(exported)
+    with pytest.raises(ZeroDivisionError), edit.transaction("t"):  # noqa: PT012 (the transaction has to see it)
+        keep_a_copy(edit, "one")
+        raise ZeroDivisionError
+    edit.finish()
+    assert graph_text(exported) == before

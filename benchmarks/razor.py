@@ -1,0 +1,161 @@
+"""RazorAttention on SmolLM2: passkeys against the full cache and against other ways to keep as many bytes; time.
+
+    python -m graphwright.benchmarks.razor scores --length 4096
+    python -m graphwright.benchmarks.razor passkey --length 4096 --draws 2
+    python -m graphwright.benchmarks.razor shares --length 4096
+    python -m graphwright.benchmarks.razor time --length 4096
+    python -m graphwright.benchmarks.razor quantized --length 4096
+
+Each prints its lines as it goes. The question comes after the text was read (`passkey.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import graphwright as gw
+from graphwright.benchmarks.passkey import Hidden, found, hide
+from graphwright.benchmarks.timing import interleaved, one_thread
+from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
+from graphwright.examples.perplexity import read_text, token_windows
+from graphwright.kernels.window_cache import slots_for
+from graphwright.profiles.decode_loss import decode_loss
+from graphwright.profiles.razor import SHORT, choose_heads
+from graphwright.profiles.retrieval_heads import HeadScores
+
+Heads = tuple[tuple[int, ...], ...]
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+class Study:
+    """One model with a cache for texts of one length.
+
+    Attributes:
+        canonical: Its program with the full cache.
+        scores: Of all heads, by layer.
+    """
+
+    def __init__(self, layers: int | None, length: int) -> None:
+        self.length = length
+        self.captured = gw.capture_causal_lm(load_smollm2(layers=layers), max_cache_len=length, logits_to_keep=1)
+        self.canonical = gw.optimize(self.captured, progress=False)
+        started = time.perf_counter()
+        razored = self.program(SHORT)
+        record = razored.profile.measured["razor"]
+        self.scores = [
+            HeadScores(str(layer), tuple(induction), tuple(echo))
+            for layer, (induction, echo) in enumerate(zip(record["induction"], record["echo"], strict=True))
+        ]
+        print(f"scores | {self.bytes(razored)} | optimize {time.perf_counter() - started:.0f} s", flush=True)
+
+    def program(self, options: dict[str, Any], *others: gw.Method) -> gw.Program:
+        """What RazorAttention makes with these options."""
+        methods = [gw.RazorAttention(**options), *others]
+        return gw.optimize(self.captured, methods=methods, progress=False)
+
+    def heads(self, induction: float, echo: float) -> Heads:
+        """The heads that these shares keep."""
+        chosen = choose_heads(self.scores, induction, echo)
+        return tuple(chosen[score.place] for score in self.scores)
+
+    def random_heads(self, count: int, seed: int) -> Heads:
+        """As many heads of all layers, at random."""
+        each = len(self.scores[0].induction)
+        order = torch.randperm(each * len(self.scores), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+        return tuple(tuple(h for h in range(each) if layer * each + h in order) for layer in range(len(self.scores)))
+
+    def bytes(self, program: gw.Program) -> str:
+        """Of the state, and as a share of the full cache."""
+        mine, full = program.state_bytes(), self.canonical.state_bytes()
+        return f"{mine / 1e6:.1f} MB | {mine / full:.3f} of the full cache"
+
+    def texts(self, draws: int) -> list[Hidden]:
+        """Texts with numbers, one a depth and draw."""
+        tokenizer, prose = load_tokenizer(), read_text("evaluation")
+        return [text for seed in range(draws) for text in hide(tokenizer, prose, self.length, DEPTHS, seed)]
+
+    def passkey(self, draws: int) -> None:
+        """The method, its parts left out, and others of equal bytes."""
+        kept = {"window": SHORT["window"], "ratio": SHORT["ratio"]}
+        heads = self.heads(SHORT["induction"], SHORT["echo"])
+        count, all_heads = sum(map(len, heads)), sum(len(score.induction) for score in self.scores)
+        equal = slots_for(4, SHORT["window"], torch.float32) + (self.length - SHORT["window"]) * count // all_heads
+        nothing: Heads = ((),) * len(heads)
+        candidates: dict[str, dict[str, Any] | None] = {
+            "full cache": None,
+            f"RazorAttention, {count} of {all_heads} heads": kept | {"heads": heads},
+            "the same without compensation": kept | {"heads": heads, "compensate": False},
+            "sinks and window, all heads": {"heads": nothing, "window": equal, "ratio": 1e6, "compensate": False},
+            "sinks, window and mean, all heads": {"heads": nothing, "window": equal, "ratio": 1e6},
+        }
+        for seed in range(3):
+            candidates[f"{count} random heads, seed {seed}"] = kept | {"heads": self.random_heads(count, seed)}
+        self.compare(candidates, draws)
+
+    def shares(self, draws: int) -> None:
+        """Fewer and more heads, shorter and longer windows."""
+        candidates: dict[str, dict[str, Any] | None] = {}
+        for induction, echo in ((0.05, 0.01), (0.1, 0.01), (0.14, 0.01), (0.18, 0.02), (0.22, 0.03), (0.27, 0.03)):
+            heads = self.heads(induction, echo)
+            candidates[f"{induction:.0%} and {echo:.0%}, window 256"] = {"heads": heads, "window": 256, "ratio": 1e6}
+        for window in (64, 128, 512):
+            heads = self.heads(SHORT["induction"], SHORT["echo"])
+            candidates[f"22% and 3%, window {window}"] = {"heads": heads, "window": window, "ratio": 1e6}
+        self.compare(candidates, draws)
+
+    def compare(self, candidates: dict[str, dict[str, Any] | None], draws: int) -> None:
+        """Numbers found, digits found and bytes of each."""
+        texts = self.texts(draws)
+        for name, options in candidates.items():
+            program = self.canonical if options is None else self.program(options)
+            numbers, digits = found(program, texts)
+            shares = f"{numbers:.0%} of {len(texts)} numbers | {digits:.0%} of digits"
+            print(f"passkey | {name} | {shares} | {self.bytes(program)}", flush=True)
+
+    def quantized(self, draws: int) -> None:
+        """The kept heads' caches packed besides."""
+        texts = self.texts(draws)
+        razor = SHORT | {"heads": self.heads(SHORT["induction"], SHORT["echo"])}
+        for pair in ((8, 8), (8, 4), (4, 4)):
+            program = self.program(razor, gw.KVTuner(table=(pair,) * len(self.scores)))
+            numbers, digits = found(program, texts)
+            shares = f"{numbers:.0%} of {len(texts)} numbers | {digits:.0%} of digits"
+            print(f"quantized | K{pair[0]}V{pair[1]} | {shares} | {self.bytes(program)}", flush=True)
+
+    def perplexity(self, windows: int) -> None:
+        """Of decoding token by token, over windows as long as the cache."""
+        texts = list(token_windows(load_tokenizer(), read_text("evaluation"), self.length, windows).split(1))
+        razor = SHORT | {"heads": self.heads(SHORT["induction"], SHORT["echo"])}
+        programs = {
+            "full cache": self.canonical,
+            "RazorAttention": self.program(razor),
+            "the same without compensation": self.program(razor | {"compensate": False}),
+        }
+        for name, program in programs.items():
+            print(f"perplexity | {name} | {math.exp(decode_loss(program, texts)):.3f}", flush=True)
+
+    def time(self, rounds: int) -> None:
+        """One token at the last position: the whole step, and attention alone."""
+        razored = self.program(SHORT | {"heads": self.heads(SHORT["induction"], SHORT["echo"])})
+        token, last = torch.tensor([[1]]), torch.tensor([self.length - 1])
+
+        def step(program: gw.Program) -> Callable[[], Tensor]:
+            return lambda: program(token, last)
+
+        best = interleaved({"full": step(self.canonical), "razor": step(razored)}, rounds, warmup=2)
+        _print_times("whole step", best)
+        parts = {"full": _attention_seconds(self.canonical, token, last, rounds)}
+        parts["razor"] = _attention_seconds(razored, token, last, rounds)
+        _print_times("attention and writes of all layers", parts)
+
+
+def _print_times(name: str, best: dict[str, float]) -> None:
+    full, razor = best["full"], best["razor"]
+    print(f"time | {name} | full {full * 1e3:.2f} ms | razor {razor * 1e3:.2f} ms | {full / razor:.2f}x", flush=True)
