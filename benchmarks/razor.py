@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from graphwright.benchmarks.timing import interleaved, one_thread
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import read_text, token_windows
 from graphwright.kernels.window_cache import slots_for
+from graphwright.lowering.eager import lower_eager
 from graphwright.profiles.decode_loss import decode_loss
 from graphwright.profiles.razor import SHORT, choose_heads
 from graphwright.profiles.retrieval_heads import HeadScores
@@ -159,3 +160,53 @@ class Study:
 def _print_times(name: str, best: dict[str, float]) -> None:
     full, razor = best["full"], best["razor"]
     print(f"time | {name} | full {full * 1e3:.2f} ms | razor {razor * 1e3:.2f} ms | {full / razor:.2f}x", flush=True)
+
+
+class _Timer(torch.fx.Interpreter):
+    """Least seconds of each node of some operators."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.best: dict[torch.fx.Node, float] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        started = time.perf_counter()
+        value = super().run_node(n)
+        if n.op == "call_function" and any(name in str(n.target) for name in OF_ATTENTION):
+            self.best[n] = min(self.best.get(n, float("inf")), time.perf_counter() - started)
+        return value
+
+
+OF_ATTENTION = ("scaled_dot_product_attention", "window_cache", "index_copy", "index_select", "aten.cat", "slice")
+"""Of these operators attention over a cache is made, whole or split; rotary embeddings have some of them in both."""
+
+
+def _attention_seconds(program: gw.Program, tokens: Tensor, positions: Tensor, rounds: int) -> float:
+    _, phase, flat = program.dispatch(tokens, positions)
+    timer = _Timer(lower_eager(program.phases[phase].exported))  # pyright: ignore[reportArgumentType]
+    for _ in range(rounds):
+        timer.run(*flat)
+    return sum(timer.best.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["scores", "passkey", "shares", "time", "quantized", "perplexity"])
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--length", type=int, default=4096, help="tokens of the cache and of the texts")
+    parser.add_argument("--draws", type=int, default=1, help="texts of each of the depths 0 to 1")
+    options = parser.parse_args()
+    with one_thread(), torch.no_grad():
+        study = Study(options.layers, options.length)
+        if options.part == "scores":
+            for score in study.scores:
+                induction, echo = (" ".join(f"{v:.3f}" for v in kind) for kind in (score.induction, score.echo))
+                print(f"scores | layer {score.place} | induction {induction} | echo {echo}")
+        elif options.part == "time":
+            study.time(rounds=10)
+        else:
+            getattr(study, options.part)(options.draws)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,8 @@
 --method outstanding     the same with int8 linears
 --method losa            60% of the weights zero, recovered by adapters that are trained --train-steps times in each of
                          5 steps; goes on where it was if --folder names the folder of an earlier run
+--method kvtuner         a cache of 4 bits on average, searched for on calibration text
+--method razor           the whole cache for a quarter of the heads, with settings for short contexts
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import torch
 from rich.console import Console
 
 import graphwright as gw
-from graphwright.examples.compare_caches import compare_caches
+from graphwright.benchmarks.passkey import found, hide
+from graphwright.examples.compare_caches import block_of, compare_caches
 from graphwright.examples.continuation import continuation_perplexity
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import perplexity, read_text, token_windows
+from graphwright.profiles.razor import SHORT
 
 CHOICES = {
     # The published learning rate is 1e-3; this width takes 1e-2 better (docs/dartquant.md).
@@ -31,8 +35,11 @@ CHOICES = {
     "outstanding": gw.OutstandingSparse(),
     # The published rate is for thousands of rows; these few texts take a larger one (docs/sparse-linears.md).
     "losa": gw.LoSA(lr=1e-3, samples=16, checkpointing=False),
+    "razor": gw.RazorAttention(**SHORT),
 }
 """Methods with settings for this model; any other name is taken with its defaults."""
+CACHE = 1024
+"""Tokens that are captured."""
 WINDOWS = {"amber": (512, 2), "outstanding": (512, 2), "losa": (256, None)}
 """Tokens of a window and how many of them, for calibration; None takes all."""
 
@@ -48,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model, tokenizer = load_smollm2(layers=options.layers), load_tokenizer()
-    captured = gw.capture_causal_lm(model, max_cache_len=1024)
+    captured = gw.capture_causal_lm(model, max_cache_len=CACHE)
     methods = [] if options.method == "none" else [CHOICES.get(options.method, options.method)]
     if options.method == "losa":
         changes = {"train_steps": options.train_steps, "folder": options.folder}
@@ -78,9 +85,14 @@ def main() -> None:
     if options.method in ("amber", "outstanding"):  # a sparse prompt costs more where it is scored itself
         for name, each in {"canonical": canonical, options.method: program}.items():
             print(f"{name}: perplexity of a dense continuation {continuation_perplexity(each, windows):.3f}")
-    cache = next((d for d in program.decisions if d.status == "kept" and d.pass_name == "quantize_cache"), None)
+    of_cache = ("quantize_cache", "split_cache_heads")
+    cache = next((d for d in program.decisions if d.status == "kept" and d.pass_name in of_cache), None)
     if cache is not None:  # a prefill does not see what its cache becomes
-        Console().print(compare_caches(program, canonical, windows, cache.options["mode"]))
+        Console().print(compare_caches(program, canonical, windows, block_of(cache)))
+    if options.method == "razor":
+        texts = list(hide(tokenizer, read_text("evaluation"), CACHE, (0.0, 0.25, 0.5, 0.75, 1.0)))
+        for name, each in {"full cache": canonical, "razor": program}.items():
+            print(f"{name}: finds {found(each, texts)[0]:.0%} of {len(texts)} numbers hidden in {CACHE} tokens")
     prompt = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
     print(tokenizer.decode(program.generate(prompt, 20, eos_token_id=tokenizer.eos_token_id)[0]))
     if options.save:

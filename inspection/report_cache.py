@@ -1,4 +1,4 @@
-"""The part of a report that is about caches: bits by layer, whole and split heads, true bytes, the front of a search."""
+"""The part of a report that is about caches: bits by layer, heads that are split, true bytes, the front of a search."""
 
 from __future__ import annotations
 
