@@ -152,9 +152,12 @@ class Study:
 
         best = interleaved({"full": step(self.canonical), "razor": step(razored)}, rounds, warmup=2)
         _print_times("whole step", best)
-        parts = {"full": _attention_seconds(self.canonical, token, last, rounds)}
-        parts["razor"] = _attention_seconds(razored, token, last, rounds)
-        _print_times("attention and writes of all layers", parts)
+        graphs = {name: _lowered(p, token, last) for name, p in (("full", self.canonical), ("razor", razored))}
+        names = {name: {node.name for node in module.graph.nodes} for name, (module, _) in graphs.items()}
+        # What was replaced, and what stands in its place: attention, writes, and choosing heads.
+        changed = {"full": names["full"] - names["razor"], "razor": names["razor"] - names["full"]}
+        parts = {name: _seconds_of(*graphs[name], changed[name], rounds) for name in graphs}
+        _print_times("attention and writes, all layers", parts)
 
 
 def _print_times(name: str, best: dict[str, float]) -> None:
@@ -162,8 +165,24 @@ def _print_times(name: str, best: dict[str, float]) -> None:
     print(f"time | {name} | full {full * 1e3:.2f} ms | razor {razor * 1e3:.2f} ms | {full / razor:.2f}x", flush=True)
 
 
+def _lowered(program: gw.Program, *inputs: Tensor) -> tuple[torch.fx.GraphModule, list[Any]]:
+    """What a call runs, and what it is run on."""
+    _, phase, flat = program.dispatch(*inputs)
+    module = lower_eager(program.phases[phase].exported)
+    assert isinstance(module, torch.fx.GraphModule)
+    return module, flat
+
+
+def _seconds_of(module: torch.fx.GraphModule, flat: list[Any], names: set[str], rounds: int) -> float:
+    """The sum of some nodes' least times."""
+    timer = _Timer(module)
+    for _ in range(rounds):
+        timer.run(*flat)
+    return sum(seconds for node, seconds in timer.best.items() if node.name in names)
+
+
 class _Timer(torch.fx.Interpreter):
-    """Least seconds of each node of some operators."""
+    """Least seconds of each node."""
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
         super().__init__(module)
@@ -172,21 +191,8 @@ class _Timer(torch.fx.Interpreter):
     def run_node(self, n: torch.fx.Node) -> Any:
         started = time.perf_counter()
         value = super().run_node(n)
-        if n.op == "call_function" and any(name in str(n.target) for name in OF_ATTENTION):
-            self.best[n] = min(self.best.get(n, float("inf")), time.perf_counter() - started)
+        self.best[n] = min(self.best.get(n, float("inf")), time.perf_counter() - started)
         return value
-
-
-OF_ATTENTION = ("scaled_dot_product_attention", "window_cache", "index_copy", "index_select", "aten.cat", "slice")
-"""Of these operators attention over a cache is made, whole or split; rotary embeddings have some of them in both."""
-
-
-def _attention_seconds(program: gw.Program, tokens: Tensor, positions: Tensor, rounds: int) -> float:
-    _, phase, flat = program.dispatch(tokens, positions)
-    timer = _Timer(lower_eager(program.phases[phase].exported))  # pyright: ignore[reportArgumentType]
-    for _ in range(rounds):
-        timer.run(*flat)
-    return sum(timer.best.values())
 
 
 def main() -> None:

@@ -18,7 +18,8 @@ Source: ``window_cache.py``.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,13 +75,13 @@ def window_cache_append(
 
 @window_cache_append.register_fake
 def _fake(store: Tensor, positions: Tensor, new: Tensor, sinks: int, starts: Tensor | None = None) -> Tensor:
-    _require(store, positions, new, sinks, starts, proved=False)
+    _require(store, positions, new, starts, sinks=sinks, proved=False)
     return torch.empty_like(store)
 
 
 def append(store: Tensor, positions: Tensor, new: Tensor, sinks: int, starts: Tensor | None = None) -> Tensor:
     """Append in place on the CPU, and return the store."""
-    _require(store, positions, new, sinks, starts)
+    _require(store, positions, new, starts, sinks=sinks)
     count = new.shape[2]
     if count == 0:
         return store
@@ -139,27 +140,21 @@ def _cuda(store: Tensor, positions: Tensor, new: Tensor, sinks: int, starts: Ten
 
 def _cuda_in_place(store: Tensor, positions: Tensor, new: Tensor, sinks: int, starts: Tensor | None = None) -> Tensor:
     """The Triton kernel; positions are not looked at, since reading them would wait for the device."""
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, store.device, "triton is not installed (pip install triton)")
-    from .window_cache_append_triton import launch
+    with CONTRACT.on_cuda(store.device):
+        from .window_cache_append_triton import launch
 
-    _require(store, positions, new, sinks, starts)
-    if (reason := CONTRACT.check_device(store.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, store.device, reason)
-    with torch.cuda.device(store.device):
+        _require(store, positions, new, starts, sinks=sinks)
         return launch(store, positions, new, sinks, starts)
 
 
-def _require(
-    store: Tensor, positions: Tensor, new: Tensor, sinks: int, starts: Tensor | None, *, proved: bool = True
-) -> None:
-    CONTRACT.require(store=store, positions=positions, new=new, starts=starts, sinks=sinks, proved=proved)
-    reason = refuse_slots(int(store.shape[2]), sinks, store.dtype)
-    if reason is None and new.dtype != store.dtype:
-        reason = f"got new of {new.dtype}, expected {store.dtype} as the store"
-    if reason is not None:
-        raise InvalidArgument(f"{CONTRACT.operator}: {reason}")
+def _wrong(arguments: Mapping[str, Any]) -> str | None:
+    store, new = arguments["store"], arguments["new"]
+    if (reason := refuse_slots(store.shape[2], arguments["sinks"], store.dtype)) is not None:
+        return reason
+    return None if new.dtype == store.dtype else f"got new of {new.dtype}, expected {store.dtype} as the store"
 
+
+_require = CONTRACT.requirement(_wrong)
 
 # Not custom_op: the in-place twin returns its argument, as aten's do, so that it can take the place of a value.
 torch.library.define(

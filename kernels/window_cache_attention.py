@@ -23,14 +23,14 @@ Source: RazorAttention (Tang et al. 2024, arXiv 2407.15891), algorithm 1.
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgument
 from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
-from .window_cache import dropped, parts, refuse_slots, window_of
+from .window_cache import dropped, parts, refuse_slots, slots_before_sinks, window_of
 
 CONTRACT = Contract(
     "window_cache_attention",
@@ -126,7 +126,7 @@ def _fake(
     compensate: bool = True,
     starts: Tensor | None = None,
 ) -> Tensor:
-    _require(query, key, value, new_key, new_value, positions, sinks, starts, proved=False)
+    _require(query, key, value, new_key, new_value, positions, starts, sinks=sinks, proved=False)
     return query.new_empty((*query.shape[:3], value.shape[-1]))
 
 
@@ -143,7 +143,7 @@ def _cpu(
     starts: Tensor | None = None,
 ) -> Tensor:
     """Two products with the stores as they lie, two with the new tokens, one softmax; no store is copied in float32."""
-    _require(query, key, value, new_key, new_value, positions, sinks, starts)
+    _require(query, key, value, new_key, new_value, positions, starts, sinks=sinks)
     batch, heads, count, dim = query.shape
     groups = key.shape[1]
     output = query.new_empty(batch, heads, count, value.shape[-1])
@@ -152,9 +152,12 @@ def _cpu(
     first = int(positions[0])
     window = window_of(key.shape[2], sinks, key.dtype)
     columns = 1 + sinks + min(first, window)  # what was never written is not read
-    keys, values = (parts(store, sinks).seen[:, :, :columns].float() for store in (key, value))
-    new_keys, new_values = new_key.float(), new_value.float()
+    stand = slots_before_sinks(key.dtype) - 1
+    keys, values = (store[:, :, stand : stand + columns].float() for store in (key, value))
     bias = _bias(first, window, sinks, columns, compensate, starts)
+    if count == 1 and starts is None:
+        return _one_query(query, keys, values, new_key, new_value, scale, bias)
+    new_keys, new_values = new_key.float(), new_value.float()
     for low in range(0, count, QUERIES):
         high = min(low + QUERIES, count)
         rows = query[:, :, low:high].float().mul(scale).reshape(batch, groups, -1, dim)
@@ -174,6 +177,24 @@ def _cpu(
         y += weights[..., columns:] @ new_values[:, :, :high]
         output[:, :, low:high] = y.view(batch, heads, high - low, -1)
     return output
+
+
+def _one_query(
+    query: Tensor, keys: Tensor, values: Tensor, new_key: Tensor, new_value: Tensor, scale: float, bias: Tensor | float
+) -> Tensor:
+    """A decoding step: the same in few calls, which cost more there than the arithmetic."""
+    batch, heads, _, dim = query.shape
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    new_key, new_value = new_key.float().flatten(0, 1), new_value.float().flatten(0, 1)
+    rows = query.float().reshape(len(keys), -1, dim)
+    scores = torch.cat([torch.bmm(rows, keys.mT), torch.bmm(rows, new_key.mT)], -1).mul_(scale)
+    if isinstance(bias, Tensor):
+        scores[..., :-1] += bias[0]
+    else:
+        scores[..., 0] += bias
+    weights = scores.softmax(-1)
+    output = torch.baddbmm(weights[..., -1:] * new_value, weights[..., :-1], values)
+    return output.to(query.dtype).view(batch, heads, 1, -1)
 
 
 def _bias(first: int, window: int, sinks: int, columns: int, compensate: bool, starts: Tensor | None) -> Tensor | float:
@@ -215,46 +236,24 @@ def _cuda(
     starts: Tensor | None = None,
 ) -> Tensor:
     """The Triton kernels; positions are not looked at, since reading them would wait for the device."""
-    if find_spec("triton") is None:
-        raise missing_kernel(CONTRACT.operator, query.device, "triton is not installed (pip install triton)")
-    from .window_cache_attention_triton import launch
+    with CONTRACT.on_cuda(query.device):
+        from .window_cache_attention_triton import launch
 
-    _require(query, key, value, new_key, new_value, positions, sinks, starts)
-    if (reason := CONTRACT.check_device(query.device)) is not None:
-        raise missing_kernel(CONTRACT.operator, query.device, reason)
-    with torch.cuda.device(query.device):
+        _require(query, key, value, new_key, new_value, positions, starts, sinks=sinks)
         return launch(query, key, value, new_key, new_value, positions, sinks, scale, compensate, starts)
 
 
-def _require(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    new_key: Tensor,
-    new_value: Tensor,
-    positions: Tensor,
-    sinks: int,
-    starts: Tensor | None,
-    *,
-    proved: bool = True,
-) -> None:
-    CONTRACT.require(
-        query=query,
-        key=key,
-        value=value,
-        new_key=new_key,
-        new_value=new_value,
-        positions=positions,
-        starts=starts,
-        sinks=sinks,
-        proved=proved,
-    )
-    reason = refuse_slots(int(key.shape[2]), sinks, key.dtype)
-    if reason is None and len({t.dtype for t in (query, key, value, new_key, new_value)}) > 1:
-        reason = "got tensors of different dtypes, expected one for query, stores and new tokens"
-    if reason is not None:
-        raise InvalidArgument(f"{CONTRACT.operator}: {reason}")
+def _wrong(arguments: Mapping[str, Any]) -> str | None:
+    key = arguments["key"]
+    if (reason := refuse_slots(key.shape[2], arguments["sinks"], key.dtype)) is not None:
+        return reason
+    tensors = ("query", "key", "value", "new_key", "new_value")
+    if len({arguments[name].dtype for name in tensors}) > 1:
+        return "got tensors of different dtypes, expected one for query, stores and new tokens"
+    return None
 
+
+_require = CONTRACT.requirement(_wrong)
 
 torch.library.impl("graphwright::window_cache_attention", "cpu", _cpu)
 torch.library.impl("graphwright::window_cache_attention", "cuda", _cuda)
