@@ -156,8 +156,8 @@ class Study:
         names = {name: {node.name for node in module.graph.nodes} for name, (module, _) in graphs.items()}
         # What was replaced, and what stands in its place: attention, writes, and choosing heads.
         changed = {"full": names["full"] - names["razor"], "razor": names["razor"] - names["full"]}
-        parts = {name: _seconds_of(*graphs[name], changed[name], rounds) for name in graphs}
-        _print_times("attention and writes, all layers", parts)
+        alone = {name: _alone(*graphs[name], changed[name]) for name in graphs}
+        _print_times("attention and writes, all layers", interleaved(alone, rounds, warmup=2))
 
 
 def _print_times(name: str, best: dict[str, float]) -> None:
@@ -173,26 +173,35 @@ def _lowered(program: gw.Program, *inputs: Tensor) -> tuple[torch.fx.GraphModule
     return module, flat
 
 
-def _seconds_of(module: torch.fx.GraphModule, flat: list[Any], names: set[str], rounds: int) -> float:
-    """The sum of some nodes' least times."""
-    timer = _Timer(module)
-    for _ in range(rounds):
-        timer.run(*flat)
-    return sum(seconds for node, seconds in timer.best.items() if node.name in names)
+def _alone(module: torch.fx.GraphModule, flat: list[Any], names: set[str]) -> Callable[[], Any]:
+    """A call of some nodes of a graph only, on what they are given there."""
+    inputs = _Inputs(module, names)
+    inputs.run(*flat)
+    graph, values = torch.fx.Graph(), {}
+    for outer in inputs.seen:
+        values[outer] = graph.placeholder(outer.name)
+    nodes = [node for node in module.graph.nodes if node.name in names and node.op == "call_function"]
+    for node in nodes:
+        values[node] = graph.node_copy(node, values.__getitem__)
+    graph.output(values[nodes[-1]])
+    part = torch.fx.GraphModule(module, graph)
+    return lambda: part(*inputs.seen.values())
 
 
-class _Timer(torch.fx.Interpreter):
-    """Least seconds of each node."""
+class _Inputs(torch.fx.Interpreter):
+    """What some nodes read that they do not make."""
 
-    def __init__(self, module: torch.fx.GraphModule) -> None:
+    def __init__(self, module: torch.fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
-        self.best: dict[torch.fx.Node, float] = {}
+        self.names = names
+        self.seen: dict[torch.fx.Node, Any] = {}
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        started = time.perf_counter()
-        value = super().run_node(n)
-        self.best[n] = min(self.best.get(n, float("inf")), time.perf_counter() - started)
-        return value
+        if n.name in self.names and n.op == "call_function":
+            for source in n.all_input_nodes:
+                if source.name not in self.names or source.op != "call_function":
+                    self.seen[source] = self.env[source]
+        return super().run_node(n)
 
 
 def main() -> None:

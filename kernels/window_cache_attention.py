@@ -24,10 +24,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
 from .window_cache import dropped, parts, refuse_slots, slots_before_sinks, window_of
@@ -154,9 +156,10 @@ def _cpu(
     columns = 1 + sinks + min(first, window)  # what was never written is not read
     stand = slots_before_sinks(key.dtype) - 1
     keys, values = (store[:, :, stand : stand + columns].float() for store in (key, value))
+    if count == 1 and starts is None and query.dtype == torch.float32:
+        row = _bias_of_one(first, window, sinks, columns, compensate)
+        return _one_query(query, keys, values, new_key, new_value, scale, row)
     bias = _bias(first, window, sinks, columns, compensate, starts)
-    if count == 1 and starts is None:
-        return _one_query(query, keys, values, new_key, new_value, scale, bias)
     new_keys, new_values = new_key.float(), new_value.float()
     for low in range(0, count, QUERIES):
         high = min(low + QUERIES, count)
@@ -180,21 +183,24 @@ def _cpu(
 
 
 def _one_query(
-    query: Tensor, keys: Tensor, values: Tensor, new_key: Tensor, new_value: Tensor, scale: float, bias: Tensor | float
+    query: Tensor, keys: Tensor, values: Tensor, new_key: Tensor, new_value: Tensor, scale: float, bias: Tensor
 ) -> Tensor:
-    """A decoding step: the same in few calls, which cost more there than the arithmetic."""
-    batch, heads, _, dim = query.shape
-    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
-    new_key, new_value = new_key.float().flatten(0, 1), new_value.float().flatten(0, 1)
-    rows = query.float().reshape(len(keys), -1, dim)
-    scores = torch.cat([torch.bmm(rows, keys.mT), torch.bmm(rows, new_key.mT)], -1).mul_(scale)
-    if isinstance(bias, Tensor):
-        scores[..., :-1] += bias[0]
-    else:
-        scores[..., 0] += bias
-    weights = scores.softmax(-1)
-    output = torch.baddbmm(weights[..., -1:] * new_value, weights[..., :-1], values)
-    return output.to(query.dtype).view(batch, heads, 1, -1)
+    """A decoding step, in few calls: there they cost more than the arithmetic, and than copying what is seen."""
+    rows = query.view(query.shape[0], keys.shape[1], -1, query.shape[3])
+    keys, values = torch.cat([keys, new_key], 2), torch.cat([values, new_value], 2)
+    output = scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
+    return output.view(*query.shape[:3], -1)
+
+
+@lru_cache(maxsize=8)
+def _bias_of_one(first: int, window: int, sinks: int, columns: int, compensate: bool) -> Tensor:
+    """[1, 1, 1, columns + 1], of the stores' tokens and the new one; all layers of a step ask for the same."""
+    bias = _bias(first, window, sinks, columns, compensate, None)
+    row = torch.zeros(1, 1, 1, columns + 1)
+    row[..., :-1] = bias if isinstance(bias, Tensor) else 0.0
+    if not isinstance(bias, Tensor):
+        row[..., 0] = bias
+    return row
 
 
 def _bias(first: int, window: int, sinks: int, columns: int, compensate: bool, starts: Tensor | None) -> Tensor | float:
