@@ -84,7 +84,7 @@ class KVTuner(Method):
 
     def decide(self, context: Context) -> list[Decision]:
         """One decision a cache site; a place gets the same pair in every phase."""
-        places = _shared_places(context)
+        places = context.cache_places("KVTuner")
         refused = {
             site.place: "the layer's cache was not found in every phase"
             for sites in context.sites.values()
@@ -191,14 +191,6 @@ class KVTuner(Method):
 
 _PUBLISHED_GROUPS = 8
 """The most that the paper's tables have."""
-
-
-def _shared_places(context: Context) -> list[str]:
-    """The places whose cache is found in every phase, in the order of layers."""
-    found = [[site.place for site in sites.cache] for sites in context.sites.values()]
-    if not any(found):
-        raise InvalidArgument("KVTuner: the program has no key-value cache")
-    return [place for place in found[0] if all(place in others for others in found[1:])]
 
 
 def _bytes(site: CacheSite, pair: tuple[int, int], mode: str) -> dict[str, str]:

@@ -56,6 +56,17 @@ class Context:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     keep: str = "faster"
 
+    def cache_places(self, method: str) -> list[str]:
+        """The places whose cache is found in every phase, in the order of layers.
+
+        Raises:
+            InvalidArgument: No phase has a key-value cache; it names the method.
+        """
+        found = [[site.place for site in sites.cache] for sites in self.sites.values()]
+        if not any(found):
+            raise InvalidArgument(f"{method}: the program has no key-value cache")
+        return [place for place in found[0] if all(place in others for others in found[1:])]
+
 
 class Method(BaseModel, ABC):
     """Base of all methods: a pydantic model whose fields are the options."""

@@ -63,7 +63,7 @@ class RazorAttention(Method):
 
     def decide(self, context: Context) -> list[Decision]:
         """One decision a cache site; a place keeps the same heads in every phase."""
-        places = _shared_places(context)
+        places = context.cache_places("RazorAttention")
         if self.heads is not None:
             kept = self._given(places)
         else:
@@ -154,14 +154,6 @@ def choose_heads(scores: Sequence[HeadScores], induction: float, echo: float) ->
         for _, place, head in ranked[: round(share * len(ranked))]:
             kept[place].add(head)
     return {place: tuple(sorted(heads)) for place, heads in kept.items()}
-
-
-def _shared_places(context: Context) -> list[str]:
-    """The places whose cache is found in every phase, in the order of layers."""
-    found = [[site.place for site in sites.cache] for sites in context.sites.values()]
-    if not any(found):
-        raise InvalidArgument("RazorAttention: the program has no key-value cache")
-    return [place for place in found[0] if all(place in others for others in found[1:])]
 
 
 def _vocabulary(facts: Mapping[str, Any]) -> tuple[int, list[int]]:

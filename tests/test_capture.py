@@ -74,6 +74,17 @@ def test_a_program_exported_in_training_mode_is_refused() -> None:
         gw.capture(exported)
 
 
+def test_a_layer_without_a_cache_is_named():
+    """A hybrid: its first layer is a convolution, which keeps other state."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    layers = ["conv", "full_attention"]
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, num_hidden_layers=2, num_key_value_heads=2, layer_types=layers)).eval()
+    with pytest.raises(CaptureError, match="layer 0 keeps no key-value cache"):
+        gw.capture_causal_lm(model, 16)
+
+
 def test_a_weight_that_is_not_finite_is_named() -> None:
     model = Mlp().eval()
     with torch.no_grad():

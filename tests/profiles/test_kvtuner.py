@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 import graphwright as gw
+from graphwright.errors import StaleProfile
 from graphwright.prepare import prepare
 from graphwright.profiles.cache_sensitivity import PAIRS, measure_sensitivity, output_errors_of_pairs
 from graphwright.profiles.decode_loss import Divergence, decode_loss, decoded_logits
-from tests.models import CACHE, Mlp, captured_llama, tokens
+from tests.models import CACHE, Mlp, captured_llama, tiny_llama, tokens
+from tests.new_process import assert_replays
 
 
 def optimized(**options: Any) -> gw.Program:
@@ -110,6 +112,21 @@ def test_a_profile_replays_without_a_search(searched: gw.Program, tmp_path):
     assert torch.equal(replayed.generate(tokens(5), 8), searched.generate(tokens(5), 8))
     assert replayed.state_bytes() == searched.state_bytes()
     assert replayed.profile.measured["kvtuner"] == searched.profile.measured["kvtuner"]
+
+
+def logits(program: gw.Program) -> torch.Tensor:
+    """Of a text that was read through the packed cache."""
+    return decoded_logits(program, tokens(20))
+
+
+def test_a_profile_replays_in_a_new_process(searched: gw.Program, tmp_path):
+    assert_replays(searched, logits(searched), "tests.profiles.test_kvtuner", tmp_path)
+
+
+def test_a_profile_of_another_number_of_layers_is_refused(searched: gw.Program):
+    other = gw.capture_causal_lm(tiny_llama(num_hidden_layers=3), CACHE)
+    with pytest.raises(StaleProfile):
+        gw.optimize(other, profile=searched.profile, progress=False)
 
 
 def test_the_report_shows_bits_bytes_and_the_front(searched: gw.Program):

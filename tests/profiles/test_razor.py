@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -11,9 +9,11 @@ import torch
 
 import graphwright as gw
 from graphwright.errors import InvalidArgument, StaleProfile
+from graphwright.profiles.decode_loss import decoded_logits
 from graphwright.profiles.razor import choose_heads
 from graphwright.profiles.retrieval_heads import HeadScores
 from tests.models import CACHE, Mlp, captured_llama, tiny_llama, tokens
+from tests.new_process import assert_replays
 
 
 def optimized(*others: gw.Method, **options: Any) -> gw.Program:
@@ -59,19 +59,13 @@ def test_heads_are_scored_kept_and_recorded(razored: gw.Program):
     assert {(d.options["sinks"], d.options["window"]) for d in razored.decisions} == {(2, 6)}
 
 
+def logits(program: gw.Program) -> torch.Tensor:
+    """Of a text that is much longer than the window, token by token."""
+    return decoded_logits(program, tokens(24), block=1)
+
+
 def test_a_profile_replays_in_a_new_process(razored: gw.Program, tmp_path):
-    razored.profile.save(tmp_path / "razor.json")
-    code = (
-        "import sys, torch, graphwright as gw\n"
-        "from tests.models import captured_llama, tokens\n"
-        "program = gw.optimize(captured_llama(), profile=sys.argv[1], progress=False)\n"
-        "print(program.state_bytes(), program.generate(tokens(5), 20).tolist())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "razor.json")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{razored.state_bytes()} {razored.generate(tokens(5), 20).tolist()}"
+    assert_replays(razored, logits(razored), "tests.profiles.test_razor", tmp_path)
 
 
 def test_a_profile_of_another_number_of_layers_is_refused(razored: gw.Program):
