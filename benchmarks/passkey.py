@@ -65,16 +65,19 @@ def hide(tokenizer: Any, prose: str, length: int, depths: Sequence[float], seed:
         yield Hidden(depth, torch.tensor([text]), torch.tensor([question]), torch.tensor(answer))
 
 
-def answered(program: gw.Program, hidden: Hidden) -> list[bool]:
-    """Which digits of the number a program writes where they belong, greedily, after its own digits."""
+def read(program: gw.Program, hidden: Hidden) -> None:
+    """Fill a program's cache with a text."""
     program.reset()
-    position, logits = 0, None
-    for part in (hidden.text, hidden.question):
-        logits = program(part, torch.arange(position, position + part.shape[1]))
-        position += part.shape[1]
+    program(hidden.text, torch.arange(hidden.text.shape[1]))
+
+
+def answered(program: gw.Program, hidden: Hidden) -> list[bool]:
+    """Which digits of the number a program that has read the text writes where they belong, greedily."""
+    position = hidden.text.shape[1]
+    logits = program(hidden.question, torch.arange(position, position + hidden.question.shape[1]))
+    position += hidden.question.shape[1]
     right = []
     for wanted in hidden.answer:
-        assert logits is not None
         token = logits[:, -1].argmax(-1, keepdim=True)
         right.append(bool(token == wanted))
         logits = program(token, torch.tensor([position]))
@@ -84,6 +87,14 @@ def answered(program: gw.Program, hidden: Hidden) -> list[bool]:
 
 def found(program: gw.Program, texts: Sequence[Hidden]) -> tuple[float, float]:
     """The shares of texts whose number was found whole, and of digits."""
-    right = [answered(program, text) for text in texts]
+    right = []
+    for text in texts:
+        read(program, text)
+        right.append(answered(program, text))
+    return shares(right)
+
+
+def shares(right: Sequence[Sequence[bool]]) -> tuple[float, float]:
+    """The shares of texts whose digits are all right, and of digits."""
     digits = [digit for each in right for digit in each]
     return sum(map(all, right)) / len(right), sum(digits) / len(digits)

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 import graphwright as gw
-from graphwright.benchmarks.passkey import Hidden, found, hide
+from graphwright.benchmarks.passkey import Hidden, answered, found, hide, read, shares
 from graphwright.benchmarks.timing import interleaved, one_thread
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import read_text, token_windows
 from graphwright.kernels.window_cache import slots_for
+from graphwright.kernels.window_cache_append import append
 from graphwright.lowering.eager import lower_eager
 from graphwright.profiles.decode_loss import decode_loss
 from graphwright.profiles.razor import SHORT, choose_heads
@@ -101,15 +102,33 @@ class Study:
         self.compare(candidates, draws)
 
     def shares(self, draws: int) -> None:
-        """Fewer and more heads, shorter and longer windows."""
-        candidates: dict[str, dict[str, Any] | None] = {}
-        for induction, echo in ((0.05, 0.01), (0.1, 0.01), (0.14, 0.01), (0.18, 0.02), (0.22, 0.03), (0.27, 0.03)):
+        """Fewer and more heads, shorter and longer windows.
+
+        A prefill attends to everything whatever is kept, so each text is read once, with the full cache.
+        """
+        programs: dict[str, gw.Program] = {}
+        for induction, echo in ((0.05, 0.01), (0.1, 0.01), (0.14, 0.01), (0.18, 0.02), (0.22, 0.03), (0.26, 0.03)):
             heads = self.heads(induction, echo)
-            candidates[f"{induction:.0%} and {echo:.0%}, window 256"] = {"heads": heads, "window": 256, "ratio": 1e6}
+            name = f"{induction:.0%} and {echo:.0%}, window 256"
+            programs[name] = self.program({"heads": heads, "window": 256, "ratio": 1e6})
+        for echo in (0.0, 0.1, 0.2):
+            heads = self.heads(0.26 - echo, echo)
+            name = f"{0.26 - echo:.0%} and {echo:.0%}, window 256"
+            programs[name] = self.program({"heads": heads, "window": 256, "ratio": 1e6})
         for window in (64, 128, 512):
             heads = self.heads(SHORT["induction"], SHORT["echo"])
-            candidates[f"22% and 3%, window {window}"] = {"heads": heads, "window": window, "ratio": 1e6}
-        self.compare(candidates, draws)
+            name = f"{SHORT['induction']:.0%} and {SHORT['echo']:.0%}, window {window}"
+            programs[name] = self.program({"heads": heads, "window": window, "ratio": 1e6})
+        right: dict[str, list[list[bool]]] = {name: [] for name in programs}
+        for text in self.texts(draws):
+            read(self.canonical, text)
+            for name, program in programs.items():
+                carry(self.canonical, program, text.text.shape[1])
+                right[name].append(answered(program, text))
+        for name, program in programs.items():
+            numbers, digits = shares(right[name])
+            said = f"{numbers:.0%} of {len(right[name])} numbers | {digits:.0%} of digits"
+            print(f"shares | {name} | {said} | {self.bytes(program)}", flush=True)
 
     def compare(self, candidates: dict[str, dict[str, Any] | None], draws: int) -> None:
         """Numbers found, digits found and bytes of each."""
@@ -158,6 +177,24 @@ class Study:
         changed = {"full": names["full"] - names["razor"], "razor": names["razor"] - names["full"]}
         alone = {name: _alone(*graphs[name], changed[name]) for name in graphs}
         _print_times("attention and writes, all layers", interleaved(alone, rounds, warmup=2))
+
+
+def carry(full: gw.Program, split: gw.Program, tokens: int) -> None:
+    """Give a split program the cache that it would have after reading the tokens of a full one."""
+    split.reset()
+    sources, state, positions = full._state(), split._state(), torch.arange(tokens)
+    for layer, decision in enumerate(d for d in split.decisions if d.phase == "decode"):
+        for half in ("key", "value"):
+            name = f"{half}_cache_{layer}"
+            source = sources[name]
+            if decision.status != "kept":
+                state[name].copy_(source)
+                continue
+            whole = decision.options["keep"]
+            if whole:
+                state[f"{name}.kept"].copy_(source[:, whole])
+            others = [head for head in range(source.shape[1]) if head not in whole]
+            append(state[f"{name}.window"], positions, source[:, others, :tokens], decision.options["sinks"])
 
 
 def _print_times(name: str, best: dict[str, float]) -> None:
