@@ -28,6 +28,7 @@ from graphwright.passes.rewrite import apply_decisions
 from graphwright.prepare import Prepared, is_exact, prepare, with_exact
 from graphwright.profiles.activation_samples import sample_rows
 from graphwright.profiles.dartquant import DartQuant
+from graphwright.profiles.fit_rotations import Rotations
 from graphwright.profiles.method import Context
 from graphwright.profiles.profile import fingerprint
 from graphwright.profiles.whip import Schedule, fit_rotation, random_hadamard, rounding_error, whip
@@ -233,7 +234,8 @@ def cost(prepared: Prepared, texts: Tensor, evaluation: Tensor, steps: int) -> N
     started = time.perf_counter()
     method = DartQuant(lr=LR, group=64, rotate="always", weights="rtn")
     context = Context(prepared.exported, prepared.sites, {"prefill": calls(texts)}, {})
-    method.decide(context)
+    plans = {site.place: method._plan(site) for site in prepared.sites["prefill"].linear}
+    Rotations(method, context, "prefill", {place: plan for place, plan in plans.items() if not isinstance(plan, str)})
     seconds, after = time.perf_counter() - started, _peak()
     rotation = next(t for name, t in context.tensors.items() if name.endswith(".rotation"))
     error = rounding_error(held_out @ rotation, 4, 0.9)

@@ -2,7 +2,7 @@
 
     python -m graphwright.benchmarks.razor scores --length 4096
     python -m graphwright.benchmarks.razor passkey --length 4096 --draws 2
-    python -m graphwright.benchmarks.razor shares --length 4096
+    python -m graphwright.benchmarks.razor shares --length 4096 --split calibration
     python -m graphwright.benchmarks.razor time --length 4096
     python -m graphwright.benchmarks.razor quantized --length 4096
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,12 @@ from graphwright.profiles.retrieval_heads import HeadScores
 
 Heads = tuple[tuple[int, ...], ...]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+SWEEP = (
+    (0.05, 0.01, 256), (0.14, 0.01, 256), (0.22, 0.03, 256), (0.26, 0.03, 256),
+    (0.18, 0.06, 256), (0.16, 0.10, 256), (0.14, 0.14, 256), (0.18, 0.10, 256), (0.06, 0.20, 256),
+    (0.16, 0.10, 64), (0.16, 0.10, 128), (0.16, 0.10, 512),
+)  # fmt: skip
+"""Shares by induction and by echo, and windows."""
 
 
 class Study:
@@ -44,8 +50,8 @@ class Study:
         scores: Of all heads, by layer.
     """
 
-    def __init__(self, layers: int | None, length: int) -> None:
-        self.length = length
+    def __init__(self, layers: int | None, length: int, split: Any) -> None:
+        self.length, self.split = length, split
         self.captured = gw.capture_causal_lm(load_smollm2(layers=layers), max_cache_len=length, logits_to_keep=1)
         self.canonical = gw.optimize(self.captured, progress=False)
         started = time.perf_counter()
@@ -80,7 +86,7 @@ class Study:
 
     def texts(self, draws: int) -> list[Hidden]:
         """Texts with numbers, one a depth and draw."""
-        tokenizer, prose = load_tokenizer(), read_text("evaluation")
+        tokenizer, prose = load_tokenizer(), read_text(self.split)
         return [text for seed in range(draws) for text in hide(tokenizer, prose, self.length, DEPTHS, seed)]
 
     def passkey(self, draws: int) -> None:
@@ -102,42 +108,31 @@ class Study:
         self.compare(candidates, draws)
 
     def shares(self, draws: int) -> None:
-        """Fewer and more heads, shorter and longer windows.
+        """Fewer and more heads, by induction and by echo; shorter and longer windows."""
+        candidates: dict[str, dict[str, Any] | None] = {}
+        for induction, echo, window in SWEEP:
+            name = f"{induction:.0%} and {echo:.0%}, window {window}"
+            candidates[name] = {"heads": self.heads(induction, echo), "window": window, "ratio": 1e6}
+        self.compare(candidates, draws)
+
+    def compare(self, candidates: dict[str, dict[str, Any] | None], draws: int) -> None:
+        """Numbers found, digits found and bytes of each; options of None are the full cache.
 
         A prefill attends to everything whatever is kept, so each text is read once, with the full cache.
         """
-        programs: dict[str, gw.Program] = {}
-        for induction, echo in ((0.05, 0.01), (0.1, 0.01), (0.14, 0.01), (0.18, 0.02), (0.22, 0.03), (0.26, 0.03)):
-            heads = self.heads(induction, echo)
-            name = f"{induction:.0%} and {echo:.0%}, window 256"
-            programs[name] = self.program({"heads": heads, "window": 256, "ratio": 1e6})
-        for echo in (0.0, 0.1, 0.2):
-            heads = self.heads(0.26 - echo, echo)
-            name = f"{0.26 - echo:.0%} and {echo:.0%}, window 256"
-            programs[name] = self.program({"heads": heads, "window": 256, "ratio": 1e6})
-        for window in (64, 128, 512):
-            heads = self.heads(SHORT["induction"], SHORT["echo"])
-            name = f"{SHORT['induction']:.0%} and {SHORT['echo']:.0%}, window {window}"
-            programs[name] = self.program({"heads": heads, "window": window, "ratio": 1e6})
+        programs = {name: options and self.program(options) for name, options in candidates.items()}
         right: dict[str, list[list[bool]]] = {name: [] for name in programs}
         for text in self.texts(draws):
             read(self.canonical, text)
+            full = {name: tensor.clone() for name, tensor in self.canonical._state().items()}
             for name, program in programs.items():
-                carry(self.canonical, program, text.text.shape[1])
-                right[name].append(answered(program, text))
+                if program is not None:
+                    carry(full, program, text.text.shape[1])
+                right[name].append(answered(program or self.canonical, text))
         for name, program in programs.items():
             numbers, digits = shares(right[name])
             said = f"{numbers:.0%} of {len(right[name])} numbers | {digits:.0%} of digits"
-            print(f"shares | {name} | {said} | {self.bytes(program)}", flush=True)
-
-    def compare(self, candidates: dict[str, dict[str, Any] | None], draws: int) -> None:
-        """Numbers found, digits found and bytes of each."""
-        texts = self.texts(draws)
-        for name, options in candidates.items():
-            program = self.canonical if options is None else self.program(options)
-            numbers, digits = found(program, texts)
-            shares = f"{numbers:.0%} of {len(texts)} numbers | {digits:.0%} of digits"
-            print(f"passkey | {name} | {shares} | {self.bytes(program)}", flush=True)
+            print(f"passkey | {name} | {said} | {self.bytes(program or self.canonical)}", flush=True)
 
     def quantized(self, draws: int) -> None:
         """The kept heads' caches packed besides."""
@@ -179,10 +174,10 @@ class Study:
         _print_times("attention and writes, all layers", interleaved(alone, rounds, warmup=2))
 
 
-def carry(full: gw.Program, split: gw.Program, tokens: int) -> None:
-    """Give a split program the cache that it would have after reading the tokens of a full one."""
+def carry(sources: Mapping[str, Tensor], split: gw.Program, tokens: int) -> None:
+    """Give a split program the cache that it would have after a prefill that filled a full cache."""
     split.reset()
-    sources, state, positions = full._state(), split._state(), torch.arange(tokens)
+    state, positions = split._state(), torch.arange(tokens)
     for layer, decision in enumerate(d for d in split.decisions if d.phase == "decode"):
         for half in ("key", "value"):
             name = f"{half}_cache_{layer}"
@@ -247,9 +242,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--length", type=int, default=4096, help="tokens of the cache and of the texts")
     parser.add_argument("--draws", type=int, default=1, help="texts of each of the depths 0 to 1")
+    parser.add_argument("--split", default="evaluation", choices=["calibration", "evaluation"], help="whose prose")
     options = parser.parse_args()
     with one_thread(), torch.no_grad():
-        study = Study(options.layers, options.length)
+        study = Study(options.layers, options.length, options.split)
         if options.part == "scores":
             for score in study.scores:
                 induction, echo = (" ".join(f"{v:.3f}" for v in kind) for kind in (score.induction, score.echo))

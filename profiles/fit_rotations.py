@@ -10,7 +10,7 @@ Source: DartQuant, arXiv:2511.04063; the four rotations are SpinQuant's (Liu et 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -56,7 +56,9 @@ class Rotations:
         heads = [self._heads(site) for site in context.sites[phase].attention]
         rotatable = [found for found in heads if found is not None]
         down = [site for site in self.sites.values() if self._is_online(site)]
-        linears = [found.path.output for found in rotatable] + [site.node for site in down]
+        linears = [found.path.output for found in rotatable]
+        if method.rotate == "auto":  # else nothing is judged by them
+            linears += [site.node for site in down]
         norms = max(1, sum(len(stream.norms) for stream in streams))
         count = max(FEWEST, -(-method.samples // norms))
         with context.progress.stage("sample activations"):
@@ -76,7 +78,7 @@ class Rotations:
         read = [linear for linear in stream.readers if self._precision(linear) is not None]
         if not read:
             return self._refuse(stream.place, "rotate", "none of the linears that read the stream is quantized")
-        tokens = torch.cat([self.rows[norm] for norm, _ in stream.norms])
+        tokens = self._together([norm for norm, _ in stream.norms])
         rotation = self.method.fit_stream(tokens, self.generator, self.context.progress.step)
         facts = stream.describe()
         if self.method.rotate == "auto":
@@ -89,6 +91,14 @@ class Rotations:
         self.flat |= {self.sites[linear].place for linear in read}
         self._decide(stream.place, "rotate", {"rotation": name}, facts)
         return None
+
+    def _together(self, norms: Sequence[Node]) -> Tensor:
+        """The rows of some norms as one tensor, of which their own become views: at no time is much held twice."""
+        counts = [len(self.rows[norm]) for norm in norms]
+        tokens = self.rows[norms[0]].new_empty(sum(counts), self.rows[norms[0]].shape[-1])
+        for norm, part in zip(norms, tokens.split(counts), strict=True):
+            self.rows[norm] = part.copy_(self.rows[norm])
+        return tokens
 
     def _reader_errors(self, stream: ResidualStream, rotation: Tensor) -> tuple[float, float]:
         """Mean output error of some of the stream's readers without and with R1."""

@@ -52,7 +52,8 @@ def walk(exported: ExportedProgram, inputs: Sequence[list[Any]], handlers: Mappi
                 results = [target(*args, **kwargs) for args, kwargs in calls]
             del calls
             for values, result in zip(runs, results, strict=True):
-                values[node] = result
+                if node in last_use:  # what is only written to a state is not kept for each text
+                    values[node] = result
                 for argument in node.all_input_nodes:
                     if last_use[argument] == position:
                         values.pop(argument, None)
