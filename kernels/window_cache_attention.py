@@ -15,7 +15,8 @@ there, which sees nothing, gives zero. Without ``compensate`` the dropped tokens
 
 By Jensen's inequality n exp(q . mean k) <= sum exp(q . k), so the mean never weighs more than what it stands for; it is
 exact where the dropped keys are equal. Kernels differ from the reference by float32 rounding of sums of D and of the
-seen tokens' terms. What was never written must be finite.
+seen tokens' terms; with 16-bit tensors the Triton kernel also rounds weights to their dtype. What was never written
+must be finite.
 
 Source: RazorAttention (Tang et al. 2024, arXiv 2407.15891), algorithm 1.
 """
