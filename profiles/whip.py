@@ -69,7 +69,7 @@ def fit_rotation(
     Raises:
         InvalidArgument: The tokens hold NaN or infinity.
     """
-    if not tokens.isfinite().all():
+    if not all(end.isfinite() for end in tokens.aminmax()):  # without a copy of them
         raise InvalidArgument("the activations hold NaN or infinity, no rotation can be fitted to them")
     latent = start.clone().requires_grad_()
     optimizer = torch.optim.SGD([latent], lr=lr, momentum=MOMENTUM)
