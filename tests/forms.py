@@ -115,17 +115,17 @@ FORMS = [
         "causal",
         decomposed=True,
     ),
-    Form("offset and masked", offset, mask="unknown"),
+    Form("offset and masked", offset, mask="alibi"),
     Form(
         "offset and filled",
         lambda q, k, v: offset(q, k, v, mask=lambda scores, keep: scores.masked_fill(~keep, -1e9)),
-        mask="unknown",
+        mask="alibi",
     ),
     Form("offset alone", lambda q, k, v: offset(q, k, v, mask=lambda scores, keep: scores), mask="unknown"),
     Form(
         "offset alike in all heads",
         lambda q, k, v: offset(q, k, v, lambda q, k: 0.5 * torch.arange(k.shape[2]).float()),
-        mask="unknown",
+        mask="alibi",
     ),
     Form("offset of zero", lambda q, k, v: offset(q, k, v, lambda q, k: torch.zeros(1, 1, 1)), mask="causal"),
 ]

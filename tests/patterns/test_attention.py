@@ -130,6 +130,9 @@ def test_bloom_is_found_in_every_phase() -> None:
     for name, sites in prepared.sites.items():
         assert [(site.heads, site.head_dim) for site in sites.attention] == [(4, 16)] * 2, name
         assert [(site.kv_heads, site.length) for site in sites.cache] == [(4, CACHE)] * 2, name
+        assert [site.mask.kind for site in sites.attention] == ["cache_alibi"] * 2, name
+        assert [site.mask.slopes for site in sites.attention] == [(2**-2, 2**-4, 2**-6, 2**-8)] * 2, name
+        assert [site.reads for site in sites.cache] == ["new" if name == "prefill" else "cache"] * 2
         assert not sites.refusals["attention"]
     program = gw.optimize(captured, progress=False)
     ids = tokens(20)
