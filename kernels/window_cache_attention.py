@@ -13,12 +13,17 @@ positions ``[T]``, consecutive; y ``[B, Hq, T, E]``. Dtypes: float32, float16 or
 starts int64. ``starts`` ``[B]`` is where each sequence begins, 0 if not given: what lies before is padding, and a query
 there, which sees nothing, gives zero. Without ``compensate`` the dropped tokens have no stand-in.
 
+``slopes`` ``[Hq]``, float32, are ALiBi's: the bias of the token at position p is then slope[h] (p - position of the
+query), for sinks, ring and new tokens. (Any other zero point, as Bloom's slope[h] p, gives the same y.) The mean stands
+for tokens of many positions, and what the method drops there is what no query sees any more; so slopes exclude
+``compensate``. On CUDA there is no kernel with slopes yet.
+
 By Jensen's inequality n exp(q . mean k) <= sum exp(q . k), so the mean never weighs more than what it stands for; it is
 exact where the dropped keys are equal. Kernels differ from the reference by float32 rounding of sums of D and of the
 seen tokens' terms; with 16-bit tensors the Triton kernel also rounds weights to their dtype. What was never written
 must be finite.
 
-Source: RazorAttention (Tang et al. 2024, arXiv 2407.15891), algorithm 1.
+Source: RazorAttention (Tang et al. 2024, arXiv 2407.15891), algorithm 1; section 3.1 for ALiBi.
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ CONTRACT = Contract(
         "new_value": Argument("B H T E", FLOATS),
         "positions": Argument("T", (torch.int64,)),
         "starts": Argument("B", (torch.int64,), optional=True),
+        "slopes": Argument("Q", (torch.float32,), optional=True),
     },
     sizes={
         "Q": Size(minimum=1, multiple_of="H"),
@@ -69,6 +75,7 @@ def reference(
     scale: float,
     compensate: bool = True,
     starts: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """The formula: all tokens that are kept, side by side, one softmax."""
     batch, heads, count, _ = query.shape
@@ -77,17 +84,24 @@ def reference(
     keys = torch.cat([parts(key, sinks).seen, new_key], 2).float().repeat_interleave(repeats, 1)
     values = torch.cat([parts(value, sinks).seen, new_value], 2).float().repeat_interleave(repeats, 1)
     bias = torch.full((batch, 1, count, keys.shape[2]), float("-inf"), device=query.device)
+    at = torch.zeros(batch, keys.shape[2])  # the position of each token
     first = int(positions[0]) if count else 0
+    at[:, 1 + sinks + window :] = torch.arange(first, first + count)
     for row, begin in enumerate([0] * batch if starts is None else starts.tolist()):
         if compensate and (n := dropped(first, window, sinks, begin)):
             bias[row, ..., 0] = math.log(n)
         for sink in range(sinks):
             if begin + sink < first:
                 bias[row, ..., 1 + sink] = 0.0
+                at[row, 1 + sink] = begin + sink
         for position in range(max(0, first - window, begin + sinks), first):
             bias[row, ..., 1 + sinks + position % window] = 0.0
+            at[row, 1 + sinks + position % window] = position
         for i in range(count):
             bias[row, 0, i, 1 + sinks + window + max(begin - first, 0) : 1 + sinks + window + i + 1] = 0.0
+    if slopes is not None:
+        away = at[:, None].to(query.device) - positions[:, None]
+        bias = bias + slopes[:, None, None] * away[:, None]
     weights = (query.float() @ keys.mT * scale + bias).softmax(-1)
     # A query in the padding sees nothing at all.
     weights = weights.masked_fill((bias == float("-inf")).all(-1, keepdim=True), 0.0)
@@ -106,6 +120,7 @@ def window_cache_attention(
     scale: float,
     compensate: bool = True,
     starts: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Attention of queries ``[B, Hq, T, D]`` to what windowed stores held, and to the new tokens, to ``[B, Hq, T, E]``.
 
@@ -128,8 +143,21 @@ def _fake(
     scale: float,
     compensate: bool = True,
     starts: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
-    _require(query, key, value, new_key, new_value, positions, starts, sinks=sinks, proved=False)
+    _require(
+        query,
+        key,
+        value,
+        new_key,
+        new_value,
+        positions,
+        starts,
+        slopes,
+        sinks=sinks,
+        compensate=compensate,
+        proved=False,
+    )
     return query.new_empty((*query.shape[:3], value.shape[-1]))
 
 
@@ -144,9 +172,10 @@ def _cpu(
     scale: float,
     compensate: bool = True,
     starts: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """Two products with the stores as they lie, two with the new tokens, one softmax; no store is copied in float32."""
-    _require(query, key, value, new_key, new_value, positions, starts, sinks=sinks)
+    _require(query, key, value, new_key, new_value, positions, starts, slopes, sinks=sinks, compensate=compensate)
     batch, heads, count, dim = query.shape
     groups = key.shape[1]
     output = query.new_empty(batch, heads, count, value.shape[-1])
@@ -157,11 +186,12 @@ def _cpu(
     columns = 1 + sinks + min(first, window)  # what was never written is not read
     stand = slots_before_sinks(key.dtype) - 1
     keys, values = (store[:, :, stand : stand + columns].float() for store in (key, value))
-    if count == 1 and starts is None and query.dtype == torch.float32:
+    if count == 1 and starts is None and slopes is None and query.dtype == torch.float32:
         row = _bias_of_one(first, window, sinks, columns, compensate)
         return _one_query(query, keys, values, new_key, new_value, scale, row)
     bias = _bias(first, window, sinks, columns, compensate, starts)
     new_keys, new_values = new_key.float(), new_value.float()
+    lines = None if slopes is None else _lines(slopes, groups, first, count, window, sinks, columns, starts)
     for low in range(0, count, QUERIES):
         high = min(low + QUERIES, count)
         rows = query[:, :, low:high].float().mul(scale).reshape(batch, groups, -1, dim)
@@ -171,6 +201,9 @@ def _cpu(
         else:
             old[..., 0] += bias
         new = rows @ new_keys[:, :, :high].mT
+        if lines is not None:
+            for scores, line in ((old, lines[0]), (new, lines[1][..., :high])):
+                scores.unflatten(2, (-1, high - low)).add_(line)
         if high > 1 or starts is not None:
             _hide(new.unflatten(2, (-1, high - low)), low, first, starts)
         scores = torch.cat([old, new], -1)
@@ -219,6 +252,19 @@ def _bias(first: int, window: int, sinks: int, columns: int, compensate: bool, s
     return torch.cat([mean, torch.where(seen, 0.0, float("-inf"))], 1)[:, None, None]
 
 
+def _lines(
+    slopes: Tensor, groups: int, first: int, count: int, window: int, sinks: int, columns: int, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """ALiBi's bias of the stores' tokens and of new ones, [B or 1, H, rows, 1, tokens], from position `first` on."""
+    begin = (torch.zeros(1, dtype=torch.int64) if starts is None else starts)[:, None]
+    sink = begin + torch.arange(sinks)
+    ring = first - 1 - (first - 1 - torch.arange(columns - 1 - sinks)) % window
+    # The mean has no position, and is hidden.
+    old = torch.cat([torch.full_like(begin, first), sink, ring.expand(len(begin), -1)], 1) - first
+    by_row = slopes.view(1, groups, -1, 1, 1)
+    return by_row * old[:, None, None, None], by_row * torch.arange(count)
+
+
 def _hide(scores: Tensor, low: int, first: int, starts: Tensor | None) -> None:
     """Hide later tokens and padding from queries `low`, `low` + 1, ... of scores [B, H, rows, queries, new tokens]."""
     i = torch.arange(low, low + scores.shape[-2])[:, None]
@@ -241,12 +287,16 @@ def _cuda(
     scale: float,
     compensate: bool = True,
     starts: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """The Triton kernels; positions are not looked at, since reading them would wait for the device."""
+    if slopes is not None:
+        reason = "the Triton kernel takes no slopes, so models with ALiBi run on the CPU"
+        raise missing_kernel(CONTRACT.operator, query.device, reason)
     with CONTRACT.on_cuda(query.device):
         from .window_cache_attention_triton import launch
 
-        _require(query, key, value, new_key, new_value, positions, starts, sinks=sinks)
+        _require(query, key, value, new_key, new_value, positions, starts, slopes, sinks=sinks, compensate=compensate)
         return launch(query, key, value, new_key, new_value, positions, sinks, scale, compensate, starts)
 
 
@@ -257,6 +307,8 @@ def _wrong(arguments: Mapping[str, Any]) -> str | None:
     tensors = ("query", "key", "value", "new_key", "new_value")
     if len({arguments[name].dtype for name in tensors}) > 1:
         return "got tensors of different dtypes, expected one for query, stores and new tokens"
+    if arguments["slopes"] is not None and arguments["compensate"]:
+        return "got slopes and compensate, expected compensate=False: the mean of dropped tokens has no position"
     return None
 
 

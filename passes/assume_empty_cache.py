@@ -4,7 +4,9 @@
     sdpa(q, cache', ..., mask[j <= position + i])      becomes     sdpa(q, k, ..., is_causal=True)
 
 Where positions start at zero, key j of the cache is new token j for j < S and masked for all others, so both sides are
-equal; the left one computes attention over the whole length of the cache. Exact under the phase's condition.
+equal; the left one computes attention over the whole length of the cache. Of a mask that
+says more than causality (a window, padding, ALiBi's slopes) the part over the new tokens stays. Exact under the phase's
+condition.
 """
 
 from __future__ import annotations
@@ -51,10 +53,10 @@ class AssumeEmptyCache(Pass):
         args = arguments(node)
         queries, keys = shape_of(args["query"])[-2], shape_of(args["key"])[-2]
         fact = analyse_mask(edit.view, args["attn_mask"], queries, keys)
-        if fact.kind != "cache_causal" or not self._starts_at_zero(edit, fact):
+        if fact.kind not in ("cache_causal", "cache_alibi") or not self._starts_at_zero(edit, fact):
             return edit.view.refuse(node, "the mask is not causal in the cache's positions", depth=2, mask=fact.kind)
         mask = None
-        if fact.window is not None or fact.padding is not None:
+        if fact.window is not None or fact.padding is not None or fact.slopes:
             tokens = edit.call(aten.sym_size.int, args["query"], 2, like=node)
             mask = edit.call(aten.slice.Tensor, args["attn_mask"], -1, 0, tokens, like=node)
         attention = edit.call(

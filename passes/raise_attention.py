@@ -1,6 +1,7 @@
 """Raise attention of any form to one `aten.scaled_dot_product_attention`, with repeated heads folded.
 
     softmax(q @ k^T * scale + mask) @ v                              becomes     sdpa(q, k, v, mask, scale=scale)
+    softmax(baddbmm(offset, q, k^T) + mask) @ v                      becomes     sdpa(q, k, v, offset + mask)
     sdpa(q, repeat_interleave(k), repeat_interleave(v))              becomes     sdpa(q, k, v, enable_gqa=True)
 
 The matching is in `patterns/attention_forms.py`. Exact up to the rounding of casts around an upcast softmax.
@@ -8,13 +9,13 @@ The matching is in `patterns/attention_forms.py`. Exact up to the rounding of ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch.fx import Node
 
-from ..patterns.attention_forms import SDPA, AttentionForm, MaskTerm, Operand, match_attention
+from ..patterns.attention_forms import SDPA, AttentionForm, MaskTerm, Offset, Operand, match_attention
 from ..patterns.graph import RESHAPES, Refusal, arguments, aten, dtype_of, same_shape, shape_of
 from .base import Pass, PassResult
 from .edit import Edit
@@ -55,7 +56,10 @@ def _rewrite(edit: Edit, form: AttentionForm) -> None:
     flat = len(shape_of(form.query.node)) == 3
     dtype = dtype_of(form.value.node)
     query, key, value = (_operand(edit, operand, output, flat, dtype) for operand in (form.query, form.key, form.value))
-    mask = _mask(edit, form.mask, output, flat, dtype)
+    if form.offset is None:
+        mask = _mask(edit, form.mask, output, flat, dtype)
+    else:
+        mask = _offset_mask(edit, form.offset, form.mask, output, flat, dtype)
     attention = edit.call(
         SDPA,
         query,
@@ -103,3 +107,24 @@ def _mask(edit: Edit, mask: MaskTerm | None, output: Node, flat: bool, dtype: to
         zero = edit.call(aten.zeros_like.default, node, dtype=dtype, like=output)
         node = edit.call(aten.where.ScalarOther, node, zero, mask.fill, like=output)
     return edit.call(aten.unsqueeze.default, node, 0, like=output) if flat else node
+
+
+def _offset_mask(
+    edit: Edit, offset: Offset, mask: MaskTerm | None, output: Node, flat: bool, dtype: torch.dtype | None
+) -> Node:
+    """One mask of what is added to the scores and of what limits them."""
+    node = offset.node
+    if offset.heads is not None:
+        node = edit.call(aten.unflatten.int, node, 0, [-1, offset.heads], like=output)
+    if dtype_of(node) != dtype:
+        node = edit.call(aten.to.dtype, node, dtype, like=output)
+    if flat and len(shape_of(node)) == 3:
+        node = edit.call(aten.unsqueeze.default, node, 0, like=output)
+    if mask is None:
+        return node
+    if mask.fill is None:
+        limit = _mask(edit, mask, output, flat, dtype)
+        return edit.call(aten.add.Tensor, node, limit, like=output)
+    keep = _mask(edit, replace(mask, fill=None), output, flat, dtype)
+    # Not the sum with a fill: a row that masks every key is the same in all of them, whatever their offsets are.
+    return edit.call(aten.where.ScalarOther, keep, node, mask.fill, like=output)

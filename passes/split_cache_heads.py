@@ -12,6 +12,9 @@ smaller than L. Where the attention reads the new tokens and not the cache, as i
 attending to all of them, and only what is kept changes. The kept heads' attention is an attention over a static cache
 like any other, so it can be packed like any other.
 
+Of a mask that adds ALiBi's slopes the kept heads get their part, and the others' operator gets their slopes. What those
+heads drop should be too far back to matter (`profiles/alibi_reach.py`), so there is no mean of it.
+
 Source: RazorAttention (Tang et al. 2024, arXiv 2407.15891), section 3.
 """
 
@@ -93,16 +96,21 @@ class SplitCacheHeads(SitePass[CacheSite]):
 
     def _wrong_mask(self, site: CacheSite, edit: Edit) -> str | None:
         fact = _mask(site, edit)
-        if site.reads == "cache" and (fact.kind != "cache_causal" or fact.positions is not site.positions):
+        kinds = ("cache_causal", "cache_alibi")
+        if site.reads == "cache" and (fact.kind not in kinds or fact.positions is not site.positions):
             return f"the mask is not causal in the positions that are written: {fact.reason or fact.kind}"
-        if site.reads == "new" and fact.kind not in ("causal", "cache_causal"):
+        if site.reads == "new" and fact.kind not in (*kinds, "causal", "alibi"):
             return f"the mask over the new tokens is not causal: {fact.reason or fact.kind}"
         if fact.window is not None:
             return f"the attention reads no more than its last {fact.window} tokens as it is"
         if fact.padding is not None and not fact.starts:
             return "the mask hides padding by a mark for each key; only where a sequence starts can be kept"
+        if fact.slopes and self.compensate:
+            return "the mask adds slopes over the keys, and the mean of dropped tokens has no position; leave it out"
+        if fact.slopes and site.key_buffer.meta["val"].device.type == "cuda":
+            return "the mask adds slopes over the keys, which window_cache_attention takes on the CPU only"
         mask = arguments(site.attention)["attn_mask"]
-        if mask is not None and len(shape_of(mask)) > 2 and shape_of(mask)[-3] != 1:
+        if not fact.slopes and mask is not None and len(shape_of(mask)) > 2 and shape_of(mask)[-3] != 1:
             return "heads cannot be split: the mask is one of each head"
         return None
 
@@ -118,6 +126,8 @@ class SplitCacheHeads(SitePass[CacheSite]):
             if (reason := window_cache_append.CONTRACT.check(store=store, new=new, **rest)) is not None:
                 return reason
         query = Spec((batch, heads // site.kv_heads * others, count, dim), dtype_of(args["query"]))
+        if _mask(site, edit).slopes:
+            rest["slopes"] = Spec((query.shape[1],), torch.float32)
         return window_cache_attention.CONTRACT.check(
             query=query, key=stores[0], value=stores[1], new_key=news[0], new_value=news[1], **rest
         )
@@ -131,8 +141,7 @@ class SplitCacheHeads(SitePass[CacheSite]):
             parts.insert(0, self._whole(site, edit, kept))
         node = site.attention
         joined = edit.call(aten.cat.default, parts, 1, like=node) if kept else parts[0]
-        group = shape_of(arguments(node)["query"])[1] // site.kv_heads
-        order = _of_queries([*kept, *others], group)
+        order = self._queries(site, [*kept, *others])
         if order != sorted(order):
             back = sorted(range(len(order)), key=order.__getitem__)
             joined = edit.call(aten.index_select.default, joined, 1, _indices(edit, back, joined), like=node)
@@ -156,8 +165,8 @@ class SplitCacheHeads(SitePass[CacheSite]):
 
     def _windowed(self, site: CacheSite, edit: Edit, heads: list[int], besides: bool) -> Node:
         """The attention of the other heads: to what is left of earlier tokens, and to all new ones."""
-        node, starts = site.attention, _starts(site, edit)
-        padding = () if starts is None else (starts,)
+        node, fact = site.attention, _mask(site, edit)
+        padding = () if fact.padding is None else (fact.padding,)
         stores, news = [], []
         for name, buffer, _, new in _halves(site):
             batch, _, _, dim = shape_of(buffer)
@@ -170,9 +179,10 @@ class SplitCacheHeads(SitePass[CacheSite]):
             args = arguments(node)
             scale = float(site.head_dim**-0.5 if args["scale"] is None else args["scale"])
             query = self._query(site, edit, heads)
+            last = (fact.padding, self._slopes(site, edit, heads, fact)) if fact.slopes else padding
             output = edit.call(
                 torch.ops.graphwright.window_cache_attention.default,
-                *(query, *stores, *news, site.positions, self.sinks, scale, self.compensate, *padding),
+                *(query, *stores, *news, site.positions, self.sinks, scale, self.compensate, *last),
                 like=node,
             )
         # After the attention, which reads the stores as they were: so the write can be done in place.
@@ -191,11 +201,14 @@ class SplitCacheHeads(SitePass[CacheSite]):
 
     def _attention(self, site: CacheSite, edit: Edit, heads: list[int], operands: list[Node]) -> Node:
         args = arguments(site.attention)
+        mask, queries = args["attn_mask"], self._queries(site, heads)
+        if mask is not None and len(shape_of(mask)) > 2 and shape_of(mask)[-3] != 1:
+            mask = _select(edit, mask, queries, site.attention, dim=len(shape_of(mask)) - 3)
         return edit.call(
             SDPA,
             self._query(site, edit, heads),
             *operands,
-            args["attn_mask"],
+            mask,
             0.0,
             args["is_causal"],
             scale=args["scale"],
@@ -204,8 +217,17 @@ class SplitCacheHeads(SitePass[CacheSite]):
         )
 
     def _query(self, site: CacheSite, edit: Edit, heads: list[int]) -> Node:
-        query = arguments(site.attention)["query"]
-        return _select(edit, query, _of_queries(heads, shape_of(query)[1] // site.kv_heads), site.attention)
+        return _select(edit, arguments(site.attention)["query"], self._queries(site, heads), site.attention)
+
+    def _queries(self, site: CacheSite, heads: list[int]) -> list[int]:
+        return _of_queries(heads, shape_of(arguments(site.attention)["query"])[1] // site.kv_heads)
+
+    def _slopes(self, site: CacheSite, edit: Edit, heads: list[int], fact: MaskFact) -> Node:
+        """The slopes of these heads' queries, a stored tensor."""
+        queries, device = self._queries(site, heads), site.key_buffer.meta["val"].device
+        slopes = [fact.slopes[head if len(fact.slopes) > 1 else 0] for head in queries]
+        name = f"{site.key_name}.slopes." + "_".join(map(str, heads))
+        return edit.buffer(name, lambda: torch.tensor(slopes, dtype=torch.float32, device=device))
 
 
 def _of_queries(heads: list[int], group: int) -> list[int]:
@@ -226,11 +248,11 @@ def _state(edit: Edit, name: str, sizes: tuple[int, ...], like: Node) -> Node:
     return edit.state(name, lambda: torch.zeros(sizes, dtype=value.dtype, device=value.device))
 
 
-def _select(edit: Edit, node: Node, heads: list[int], like: Node) -> Node:
+def _select(edit: Edit, node: Node, heads: list[int], like: Node, dim: int = 1) -> Node:
     """Some heads of [B, H, T, D]: a view where they are neighbours, else a copy."""
     if heads == list(range(heads[0], heads[-1] + 1)):
-        return edit.call(aten.slice.Tensor, node, 1, heads[0], heads[-1] + 1, like=like)
-    return edit.call(aten.index_select.default, node, 1, _indices(edit, heads, node), like=like)
+        return edit.call(aten.slice.Tensor, node, dim, heads[0], heads[-1] + 1, like=like)
+    return edit.call(aten.index_select.default, node, dim, _indices(edit, heads, node), like=like)
 
 
 def _indices(edit: Edit, heads: list[int], like: Node) -> Node:

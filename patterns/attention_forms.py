@@ -1,6 +1,6 @@
 """Attention in whatever form a graph has it: one SDPA operator, an eager softmax, or fully decomposed matrix products.
 
-    softmax(scale * query @ key^T + mask) @ value
+    softmax(scale * query @ key^T + offset + mask) @ value
 
 The matcher anchors on the rarest operator (SDPA, softmax) and walks outwards. Which tensor is the query, the key and
 the value, whether heads were repeated, and how the batch was folded is proved by evaluating the views in between on
@@ -57,6 +57,19 @@ class MaskTerm:
 
 
 @dataclass(frozen=True)
+class Offset:
+    """A float term that is added to the scores: [batch, heads, queries, keys], or what broadcasts to it.
+
+    Attributes:
+        node: The tensor.
+        heads: Where batch and heads are one dimension of it, its first, the number of heads.
+    """
+
+    node: Node
+    heads: int | None = None
+
+
+@dataclass(frozen=True)
 class AttentionForm:
     """One attention computation, found in one of its forms.
 
@@ -65,6 +78,7 @@ class AttentionForm:
         output: The node whose value is the attention's output; it is what a rewrite replaces.
         query, key, value: Operands; key and value may have fewer heads (`groups` query heads share one).
         mask: The mask node of SDPA, or the term found before the softmax.
+        offset: What is added to the scores besides the mask, as one product with its addend does (`baddbmm`): ALiBi.
         scale: Factor on the scores; None is 1/sqrt(head_dim).
         is_causal: SDPA's own flag.
         groups: Query heads to a key-value head.
@@ -79,6 +93,7 @@ class AttentionForm:
     scale: float | None
     is_causal: bool
     groups: int
+    offset: Offset | None = None
 
 
 def match_attention(view: GraphView, anchor: Node) -> AttentionForm | Refusal | None:
@@ -149,7 +164,7 @@ def _match_softmax(view: GraphView, anchor: Node) -> AttentionForm | Refusal:
     scores = _scores(view, args.get("self", args.get("input")), anchor)
     if isinstance(scores, Refusal):
         return scores
-    product, mask, scale = scores
+    product, mask, scale, offset = scores
 
     after = _value_product(view, anchor)
     if isinstance(after, Refusal):
@@ -181,27 +196,53 @@ def _match_softmax(view: GraphView, anchor: Node) -> AttentionForm | Refusal:
             key=kv_heads,
             value=shape_of(value.node)[dim],
         )
+    placed = None if offset is None else _placed(view, offset, mask, rank=len(shape_of(query.node)), heads=heads)
+    if isinstance(placed, Refusal):
+        return placed
     return AttentionForm(
-        anchor, output, query, key, value, mask, scale * query_scale * key_scale, is_causal=False, groups=groups
+        anchor,
+        output,
+        query,
+        key,
+        value,
+        mask,
+        scale * query_scale * key_scale,
+        is_causal=False,
+        groups=groups,
+        offset=placed,
     )
 
 
-def _scores(view: GraphView, node: Any, anchor: Node) -> tuple[Node, MaskTerm | None, float] | Refusal:
-    """Walk back from the softmax's input to the product of query and key: (product, mask, scale)."""
+def _placed(view: GraphView, offset: Node, mask: MaskTerm | None, *, rank: int, heads: Any) -> Offset | Refusal:
+    """How the addend of a product [batch * heads, queries, keys] lies over scores of `rank` dimensions."""
+    sizes = shape_of(offset)
+    if rank == 3 and mask is not None and len(shape_of(mask.node)) > 3:
+        return view.refuse(offset, "scores are offset in another layout than they are masked in", depth=5)
+    if rank == 3 or len(sizes) < 3 or same_size(sizes[0], 1):
+        return Offset(offset)
+    if not isinstance(heads, int):
+        return view.refuse(offset, "scores of a dynamic number of heads are offset", depth=5)
+    return Offset(offset, heads)
+
+
+def _scores(view: GraphView, node: Any, anchor: Node) -> tuple[Node, MaskTerm | None, float, Node | None] | Refusal:
+    """Walk back from the softmax's input to the product of query and key: (product, mask, scale, offset)."""
     mask: MaskTerm | None = None
     scale = 1.0
     for _ in range(24):
         if not isinstance(node, Node):
             break
         if is_call(node, *PRODUCTS):
+            offset = None
             if node.target is aten.baddbmm.default:
                 factors = arguments(node)
                 if factors["beta"] != 0:
-                    if mask is not None or factors["beta"] != 1:
-                        return view.refuse(node, "scores are offset twice", depth=2)
-                    mask = MaskTerm(factors["self"])
+                    if factors["beta"] != 1 or scale != 1.0:
+                        factor = scale * float(factors["beta"])
+                        return view.refuse(node, "the offset of the scores has a factor", depth=2, factor=factor)
+                    offset = factors["self"]
                 scale *= float(factors["alpha"])
-            return node, mask, scale
+            return node, mask, scale, offset
         if is_call(node, *CASTS, *VIEWS):
             node = node.args[0]
             continue

@@ -48,6 +48,11 @@ VIEWS = RESHAPES | frozenset(
 )
 """Operators whose every output element is one input element: layout only, so that they can be proved on indices."""
 
+PARTS = frozenset(
+    {operator.getitem, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int}
+)
+"""Operators that cut a tensor into several, and the choice of one of them."""
+
 CASTS = frozenset(
     {
         aten.to.dtype,
@@ -281,20 +286,40 @@ class GraphView:
         Returns:
             Whether every element is where it is claimed to be, at all sizes tried.
         """
+        layouts = self.layouts(node, base, chain)
+        try:
+            return layouts is not None and all(torch.equal(value, expected(indices)) for value, indices in layouts)
+        except (RuntimeError, IndexError, KeyError, TypeError):
+            return False
+
+    def layouts(
+        self, node: Node, base: Node, chain: Sequence[Node] | None = None
+    ) -> list[tuple[Tensor, Tensor]] | None:
+        """Which element of `base` each element of `node` is, at several sizes.
+
+        Args:
+            node: End of the chain.
+            base: Its beginning.
+            chain: As in `is_layout_of`.
+
+        Returns:
+            For each choice of sizes, int64 indices with the shape of `node`, and those that were put in for `base`,
+            0, 1, 2, ...; None where the views between them cannot be evaluated.
+        """
         steps = list(_chain(node, base)) if chain is None else list(chain)
+        found = []
         for sizes in self.assignments([node, base]):
             try:
                 shape = [int(concrete(size, sizes)) for size in base.meta["val"].shape]
                 indices = torch.arange(_product(shape)).reshape(shape)
-                value = indices
+                value: Any = indices
                 for step in reversed(steps):
-                    if step.target in VIEWS:
+                    if step.target in VIEWS or step.target in PARTS:
                         value = self._apply_view(step, value, sizes)
-                if not torch.equal(value, expected(indices)):
-                    return False
             except (RuntimeError, NotEvaluable, IndexError, KeyError, TypeError):
-                return False
-        return True
+                return None
+            found.append((value, indices))
+        return found
 
     def _apply_view(self, node: Node, value: Tensor, sizes: Mapping[Any, int]) -> Tensor:
         assert callable(node.target)

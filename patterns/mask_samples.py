@@ -31,6 +31,7 @@ from .graph import (
     shape_of,
 )
 from .mask_sizes import LOWEST, Unproved, constants_of, is_float, sizes_to_try
+from .mask_slopes import Slopes, no_slopes, split_slopes
 
 _MOST_NODES = 400
 
@@ -98,6 +99,7 @@ class Sample:
         positions: [b, n], int64, where an input has that role.
         padding: [b, 1, keys], bool, which keys are real, where an input has that role.
         keep: What the mask keeps, [..., queries, keys], bool.
+        slopes: Of what it adds to what it keeps; zeros where it adds nothing.
     """
 
     where: str
@@ -106,6 +108,7 @@ class Sample:
     positions: Tensor
     padding: Tensor | None
     keep: Tensor
+    slopes: Slopes
 
     @property
     def rows(self) -> Tensor:
@@ -223,11 +226,8 @@ class MaskSampler:
                 pool = torch.tensor([0, 1, 2, keys - 1, *self._constants, *(-c for c in self._constants)])
                 values = pool[_random(len(pool), rows * length, generator)]
             given[node] = values.reshape(shape).to(node.meta["val"].device, dtype_of(node))
-        keep = _kept(self._view.evaluate(self._mask, given, sizes).detach().cpu())
-        keep = keep.broadcast_to(torch.broadcast_shapes(keep.shape, (queries, keys)))
-        if keep.shape[-2:] != (queries, keys):
-            raise RuntimeError(f"it is {list(keep.shape)} for {queries} queries and {keys} keys")
-        return Sample(", ".join(where) or "the only size", queries, keys, positions, padding, keep)
+        keep, slopes = _kept(self._view.evaluate(self._mask, given, sizes).detach().cpu(), queries, keys)
+        return Sample(", ".join(where) or "the only size", queries, keys, positions, padding, keep, slopes)
 
     def _like(self, node: Node, sizes: Mapping[Any, int]) -> Any:
         """Compute an operator that needs its first argument's shape only."""
@@ -244,19 +244,19 @@ def _random(below: int, count: int, generator: torch.Generator) -> Tensor:
     return torch.randint(below, (count,), generator=generator)
 
 
-def _kept(value: Tensor) -> Tensor:
-    """The scores that a mask keeps, as bool.
+def _kept(value: Tensor, queries: int, keys: int) -> tuple[Tensor, Slopes]:
+    """The scores that a mask keeps, bool [..., queries, keys], and the slopes of what it adds to them.
 
     Raises:
-        Unproved: The mask adds something else than zero or a very negative number.
+        Unproved: The mask adds something else than lines over the keys, or a very negative number.
     """
-    if value.dtype is torch.bool:
-        return value
-    kept = value == 0
-    biased = ~(kept | (value <= LOWEST))
-    if biased.any():
-        raise Unproved(f"the mask adds a bias, for example {float(value[biased][0]):.4g}")
-    return kept
+    shape = torch.broadcast_shapes(value.shape, (queries, keys))
+    if shape[-2:] != (queries, keys):
+        raise RuntimeError(f"it is {list(shape)} for {queries} queries and {keys} keys")
+    kept = value if value.dtype is torch.bool else value == 0
+    if value.dtype is not torch.bool and not bool((kept | (value <= LOWEST)).all()):
+        return split_slopes(value.broadcast_to(shape))
+    return kept.broadcast_to(shape), no_slopes(kept.broadcast_to(shape))
 
 
 def _is_read(view: GraphView, node: Node) -> bool:

@@ -21,9 +21,19 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .graph import GraphView, aten, is_call, same_size, shape_of
 from .mask_samples import MaskSampler, Roles, Sample
 from .mask_sizes import Unproved, is_float
+from .mask_slopes import common_slopes
 
 MaskKind = Literal[
-    "none", "always", "padding", "causal", "causal_top_left", "causal_bottom_right", "cache_causal", "unknown"
+    "none",
+    "always",
+    "padding",
+    "causal",
+    "causal_top_left",
+    "causal_bottom_right",
+    "cache_causal",
+    "alibi",
+    "cache_alibi",
+    "unknown",
 ]
 """Which keys j a query i sees, of Q queries and K keys, before `window` and `padding` take some away.
 
@@ -34,6 +44,7 @@ MaskKind = Literal[
 - `causal_top_left`: j <= i, with Q and K independent, which is what SDPA's `is_causal` means.
 - `causal_bottom_right`: j <= i + K - Q.
 - `cache_causal`: j <= position of query i.
+- `alibi`, `cache_alibi`: as `causal` and `cache_causal`, and the mask adds a bias that grows with j, by `slopes`.
 - `unknown`: nothing was proved.
 """
 
@@ -45,8 +56,8 @@ class MaskFact:
     Attributes:
         kind: See `MaskKind`.
         window: A query sees only keys j > (its last key by `kind`) - window.
-        positions: For `cache_causal` the int input or state that holds positions, [Q], [B, Q], [1] or []. Its values
-            are taken to be in [0, K).
+        positions: For `cache_causal` and `cache_alibi` the int input or state that holds positions, [Q], [B, Q], [1]
+            or []. Its values are taken to be in [0, K).
         per_row: The position of query i is `positions[..., i]`; otherwise it is `positions[..., 0] + i`.
         padding: The input [B, K] or [B, 1, 1, K] that is anded in: one where a key is real, else zero.
         starts: `padding` is int [B] instead: keys before `padding[b]` are not real. Its values are taken to be in
@@ -54,6 +65,8 @@ class MaskFact:
         per_key: [1|B, 1, 1, K], the mask or what it is expanded from, where it says the same to every query and head:
             padding, whatever it is computed from. Known for masks of unknown kind too.
         additive: The mask is a float that is added to the scores (0 keeps, very negative drops), not a bool.
+        slopes: By how much the bias grows from key to key, one number a query head, or one for all; empty where the
+            mask adds none. What it adds to all keys of a query alike does not matter to softmax, and is left out.
         every_row_sees_a_key: No query is left without a key, whatever the sizes. Never claimed where there is padding.
         reason: One clause: what was proved, or how far the closest hypothesis came.
     """
@@ -66,6 +79,7 @@ class MaskFact:
     starts: bool = False
     per_key: Node | None = None
     additive: bool = False
+    slopes: tuple[float, ...] = ()
     every_row_sees_a_key: bool = False
     reason: str = ""
 
@@ -243,14 +257,15 @@ def _prove(sampler: MaskSampler) -> tuple[_Hypothesis, list[Sample]]:
     """
     misses: list[tuple[int, str]] = []
     for roles in sampler.roles():
+        samples: list[Sample] = []
         try:
-            samples = list(sampler.samples(roles))
+            samples += sampler.samples(roles)
             if _first_right(roles, samples, misses) is None:
                 continue
             samples += sampler.samples(roles, far=True)
             right = _first_right(roles, samples, misses)
         except Unproved as failure:
-            misses.append((0, str(failure)))
+            misses.append((len(samples), str(failure)))
             continue
         if right is not None:
             return right, samples
@@ -278,6 +293,7 @@ def _first_right(roles: Roles, samples: Sequence[Sample], misses: list[tuple[int
 def _fact(hypothesis: _Hypothesis, samples: Sequence[Sample], queries: SymInt | int, keys: SymInt | int) -> MaskFact:
     form, roles = hypothesis.form, hypothesis.roles
     kind: MaskKind = form.kind
+    slopes = common_slopes([(sample.where, sample.slopes) for sample in samples])
     sees = roles.padding is None and all(hypothesis.every_row_sees_a_key(sample) for sample in samples)
     if kind == "always" and roles.padding is not None:
         kind = "padding"
@@ -286,6 +302,10 @@ def _fact(hypothesis: _Hypothesis, samples: Sequence[Sample], queries: SymInt | 
         sees = sees and (hypothesis.window is None or statically_known_true(queries <= keys))
     if kind == "causal_bottom_right":
         sees = sees and statically_known_true(queries <= keys)
+    if slopes is not None:
+        if kind not in ("causal", "cache_causal"):
+            raise Unproved(f"the mask adds a bias with a slope, and is not causal but keeps `{hypothesis}`")
+        kind = "alibi" if kind == "causal" else "cache_alibi"
     return MaskFact(
         kind,
         hypothesis.window,
@@ -293,6 +313,7 @@ def _fact(hypothesis: _Hypothesis, samples: Sequence[Sample], queries: SymInt | 
         form.per_row,
         roles.padding,
         roles.starts,
+        slopes=slopes or (),
         every_row_sees_a_key=sees,
-        reason=f"{hypothesis} (evaluations: {len(samples)})",
+        reason=f"{hypothesis}{', with a slope over the keys' if slopes else ''} (evaluations: {len(samples)})",
     )

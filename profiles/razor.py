@@ -5,6 +5,10 @@
 3. The others keep the first tokens (sinks), a window of recent ones, and one token that stands for all that were
    dropped, the mean of their keys and values with the weight of their number (`passes/split_cache_heads.py`).
 
+Heads of models with ALiBi need no scores: from its slope and its weights follows how far back a head sees at all
+(`alibi_reach.py`). Those that see no further than the window keep the window, the others every token, and nothing
+stands for what is dropped.
+
 When it pays: with contexts much longer than the window. Unlike methods that drop tokens by importance nothing is
 decided while the program runs, so any later question can be answered from what the retrieval heads keep.
 
@@ -27,6 +31,7 @@ from ..kernels.window_cache import slots_for
 from ..passes.decision import Decision
 from ..patterns.cache import CacheSite
 from ..patterns.graph import dtype_of, shape_of
+from .alibi_reach import HeadReach, head_reach
 from .calibration import calibration_inputs
 from .method import Context, Method
 from .retrieval_heads import HeadScores, repeated_tokens, score_heads
@@ -44,7 +49,9 @@ class RazorAttention(Method):
     sinks: int = Field(4, ge=0, description="First tokens that every head keeps.")
     window: int = Field(4000, ge=1, description="Least number of recent tokens that every head keeps.")
     ratio: float = Field(5, gt=1, description="A head keeps at least the captured length over this of recent tokens.")
-    compensate: bool = Field(True, description="Let the mean of the dropped tokens stand in for them.")
+    compensate: bool = Field(True, description="Let the mean of the dropped tokens stand in for them; not with ALiBi.")
+    eps: float = Field(1e-3, gt=0, lt=1, description="ALiBi: most that a dropped key may weigh in its attention.")
+    margin: int = Field(0, ge=0, description="ALiBi: tokens by which a head is taken to see further than was proved.")
     tokens: int = Field(2500, ge=2, description="Random tokens of a draw; less where the captured cache is too short.")
     repeats: int = Field(4, ge=2, description="How often they are repeated.")
     draws: int = Field(1, ge=1, description="Draws whose scores are averaged.")
@@ -64,13 +71,21 @@ class RazorAttention(Method):
     def decide(self, context: Context) -> list[Decision]:
         """One decision a cache site; a place keeps the same heads in every phase."""
         places = context.cache_places("RazorAttention")
+        reaches = self._reaches(context, places)
         if self.heads is not None:
             kept = self._given(places)
         else:
-            scores = self._score(context, places)
+            scored = [place for place in places if place not in reaches]
+            scores = self._score(context, scored) if scored else []
             kept = choose_heads(scores, self.induction, self.echo)
-            context.measured["razor"] = _record(scores, kept)
-        return [self._decision(site, kept.get(site.place)) for sites in context.sites.values() for site in sites.cache]
+            lengths = {site.place: site.length for sites in context.sites.values() for site in sites.cache}
+            kept |= {place: self._far(reach, lengths[place]) for place, reach in reaches.items()}
+            context.measured["razor"] = _record(scores, [reaches[p] for p in places if p in reaches], kept, places)
+        return [
+            self._decision(site, kept.get(site.place), reaches.get(site.place))
+            for sites in context.sites.values()
+            for site in sites.cache
+        ]
 
     def window_for(self, length: int) -> int:
         """Recent tokens that a head keeps, of a captured cache of so many."""
@@ -83,6 +98,17 @@ class RazorAttention(Method):
                 f"RazorAttention: heads are given of {len(self.heads)} layers, the program has {len(places)}"
             )
         return dict(zip(places, self.heads, strict=True))
+
+    def _reaches(self, context: Context, places: Sequence[str]) -> dict[str, HeadReach]:
+        """How far back heads see, of the layers with ALiBi."""
+        name, sites = next(iter(context.sites.items()))
+        of = [site for site in sites.cache if site.place in places]
+        return {reach.place: reach for reach in head_reach(context.phases[name], of, self.eps, self.margin)}
+
+    def _far(self, reach: HeadReach, length: int | None) -> tuple[int, ...]:
+        """Heads that see further back than the window."""
+        window = 0 if length is None else self.window_for(length)
+        return tuple(head for head, tokens in enumerate(reach.reach) if tokens > window)
 
     def _score(self, context: Context, places: Sequence[str]) -> list[HeadScores]:
         name = next((n for n, s in context.sites.items() if any(c.reads == "new" for c in s.cache)), None)
@@ -104,15 +130,15 @@ class RazorAttention(Method):
         with context.progress.stage("score heads", len(sites) * len(inputs)):
             return score_heads(phase[name], sites, inputs, period, context.progress.step)
 
-    def _decision(self, site: CacheSite, kept: Sequence[int] | None) -> Decision:
+    def _decision(self, site: CacheSite, kept: Sequence[int] | None, reach: HeadReach | None) -> Decision:
         decision = Decision(site=site.id, method=self.name, pass_name="split_cache_heads", facts=site.describe())
         reason = ""
         if kept is None:
             reason = "the layer's cache was not found in every phase"
-        elif len(set(kept)) == site.kv_heads:
-            reason = "all heads of the layer are retrieval heads"
         elif site.length is None:
             reason = "the cache grows, there is no buffer of a fixed size to split"
+        elif len(set(kept)) == site.kv_heads:
+            reason = "all heads of the layer are retrieval heads" if reach is None else self._all_far(site, reach)
         window = 0 if site.length is None else self.window_for(site.length)
         slots = slots_for(self.sinks, window, dtype_of(site.key_buffer))
         if not reason and slots >= site.length:  # pyright: ignore[reportOperatorIssue] (a length, or there is a reason)
@@ -127,11 +153,23 @@ class RazorAttention(Method):
             "keep": sorted(set(kept)),
             "sinks": self.sinks,
             "window": window,
-            "compensate": self.compensate,
+            "compensate": self.compensate and reach is None,
         }
         facts = decision.facts | {"role": f"{len(options['keep'])}/{site.kv_heads}"} | _bytes(site, options)
+        if reach is not None:
+            facts["reach"] = ", ".join(f"{tokens:.0f}" for tokens in reach.reach)
         figures = {"heads": site.kv_heads}
         return decision.model_copy(update={"options": options, "facts": facts, "figures": figures})
+
+    def _all_far(self, site: CacheSite, reach: HeadReach) -> str:
+        if self.heads is not None:
+            return "all heads of the layer are to keep every token"
+        if reach.reason:
+            return f"how far back the layer's heads see is not known: {reach.reason}"
+        return (
+            f"all heads of the layer see further back than {self.window_for(site.length or 0)} tokens, the nearest"
+            f" {min(reach.reach):.0f}; give a larger window or eps"
+        )
 
 
 SHORT: dict[str, Any] = {"induction": 0.22, "echo": 0.03, "window": 256, "ratio": 16}
@@ -181,9 +219,16 @@ def _bytes(site: CacheSite, options: Mapping[str, Any]) -> dict[str, str]:
     return {"full bytes": str(heads * length * a_token), "split bytes": str(after * a_token)}
 
 
-def _record(scores: Sequence[HeadScores], kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    return {
-        "induction": [list(layer.induction) for layer in scores],
-        "echo": [list(layer.echo) for layer in scores],
-        "kept": [list(kept[layer.place]) for layer in scores],
-    }
+def _record(
+    scores: Sequence[HeadScores],
+    reaches: Sequence[HeadReach],
+    kept: Mapping[str, Sequence[int]],
+    places: Sequence[str],
+) -> dict[str, Any]:
+    record: dict[str, Any] = {"kept": [list(kept[place]) for place in places]}
+    if scores:
+        record |= {name: [list(getattr(layer, name)) for layer in scores] for name in ("induction", "echo")}
+    if reaches:
+        record["reach"] = [[tokens if math.isfinite(tokens) else None for tokens in layer.reach] for layer in reaches]
+        record["slopes"] = [list(layer.slopes) for layer in reaches]
+    return record

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 WIDTH = HEADS * SIZE
+LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,27 @@ def filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.masked_fill(~causal_mask(q, k), float("-inf")).softmax(-1) @ v
 
 
+def alibi(q: Tensor, k: Tensor) -> Tensor:
+    """Slopes of heads times the index of each key, as Bloom has it: [batch * heads, 1, keys]."""
+    slopes = 2.0 ** -torch.arange(1, HEADS + 1)
+    return (slopes[:, None] * torch.arange(k.shape[2])).repeat(q.shape[0], 1)[:, None]
+
+
+def offset(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    addend: Callable[[Tensor, Tensor], Tensor] = alibi,
+    mask: Callable[[Tensor, Tensor], Tensor] = lambda scores, keep: scores + torch.where(keep, 0.0, LOWEST),
+) -> Tensor:
+    """The product with an addend, batch and heads folded; then a mask over [batch, heads, queries, keys]."""
+    batch, heads, tokens, size = q.shape
+    folded = [x.reshape(batch * heads, -1, size) for x in (q, k, v)]
+    scores = addend(q, k).baddbmm(folded[0], folded[1].transpose(1, 2), beta=1.0, alpha=SIZE**-0.5)
+    weights = mask(scores.view(batch, heads, tokens, -1), causal_mask(q, k)).softmax(-1)
+    return torch.bmm(weights.view(batch * heads, tokens, -1), folded[2]).view(batch, heads, tokens, size)
+
+
 FORMS = [
     Form("sdpa", lambda q, k, v: F.scaled_dot_product_attention(q, k, v)),
     Form("sdpa, causal flag", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), mask="causal"),
@@ -93,6 +115,19 @@ FORMS = [
         "causal",
         decomposed=True,
     ),
+    Form("offset and masked", offset, mask="alibi"),
+    Form(
+        "offset and filled",
+        lambda q, k, v: offset(q, k, v, mask=lambda scores, keep: scores.masked_fill(~keep, -1e9)),
+        mask="alibi",
+    ),
+    Form("offset alone", lambda q, k, v: offset(q, k, v, mask=lambda scores, keep: scores), mask="unknown"),
+    Form(
+        "offset alike in all heads",
+        lambda q, k, v: offset(q, k, v, lambda q, k: 0.5 * torch.arange(k.shape[2]).float()),
+        mask="alibi",
+    ),
+    Form("offset of zero", lambda q, k, v: offset(q, k, v, lambda q, k: torch.zeros(1, 1, 1)), mask="causal"),
 ]
 
 

@@ -30,6 +30,21 @@ def tiny_llama(**options: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**sizes | options)).eval()
 
 
+def tiny_bloom(**options: Any) -> Any:
+    """Two layers, hidden 64, 4 heads, biases of attention by ALiBi."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+    return BloomForCausalLM(BloomConfig(**sizes | options)).eval()
+
+
+@cache
+def captured_bloom() -> gw.Captured:
+    """The tiny Bloom with a static cache; callers do not change it."""
+    return gw.capture_causal_lm(tiny_bloom(), CACHE)
+
+
 @cache
 def captured_llama() -> gw.Captured:
     """The tiny Llama with a static cache; callers do not change it."""

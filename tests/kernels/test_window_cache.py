@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from graphwright.errors import InvalidArgument
+from graphwright.errors import InvalidArgument, MissingKernel
 from graphwright.kernels.window_cache import dropped, parts, slots_for
 from graphwright.kernels.window_cache_append import reference as append_one_by_one
 from graphwright.kernels.window_cache_append import window_cache_append
+from graphwright.kernels.window_cache_attention import _cuda as on_cuda
 from graphwright.kernels.window_cache_attention import reference, window_cache_attention
 
 DIM = 16
@@ -106,7 +107,9 @@ def attended(first: int, count: int, sinks: int, window: int, **options) -> tupl
     query = rows(count, 6, batch, 3).to(dtype)
     positions = torch.arange(first, first + count)
     new = key[:, :, first:], value[:, :, first:]
-    return (query, *stores, *new, positions, sinks, DIM**-0.5, options.get("compensate", True), starts)
+    slopes = options.get("slopes")
+    compensate = options.get("compensate", slopes is None)
+    return (query, *stores, *new, positions, sinks, DIM**-0.5, compensate, starts, slopes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,9 +123,58 @@ def test_the_kernel_is_the_formula(first, count, compensate, dtype):
         torch.testing.assert_close(window_cache_attention(*case), reference(*case), rtol=eps, atol=eps)
 
 
+SLOPES = torch.tensor([2.0, 0.25, 0.3, 0.01, 0.0, 0.1])
+"""Of six query heads."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("first", "count"), [(0, 1), (1, 1), (3, 4), (12, 1), (15, 1), (16, 1), (90, 1), (90, 7)])
+def test_with_slopes_too(first, count, dtype):
+    for starts in (None, torch.tensor([0, 5])):
+        case = attended(first, count, 3, 12, dtype=dtype, batch=2, starts=starts, slopes=SLOPES)
+        # The bias is at most 200 away from that of the query's own token, and rounds in float32.
+        eps = 2e-6 + 200 * 2**-23 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(window_cache_attention(*case), reference(*case), rtol=eps, atol=eps)
+
+
+def test_slopes_are_alibi_over_what_is_kept():
+    """Against plain attention with a mask: sinks and ring, wherever the zero point of positions is."""
+    for first, count in ((0, 9), (7, 1), (30, 5), (90, 1)):
+        case = attended(first, count, 2, 8, slopes=SLOPES)
+        key, value = rows(first + count, seed=1), rows(first + count, seed=2)
+        j, i = torch.arange(first + count), case[5][:, None]
+        kept = (j <= i) & ((j < 2) | (j >= first - 8))
+        for bias in (SLOPES[:, None, None] * j, SLOPES[:, None, None] * (j - i)):
+            mask = bias.expand(-1, count, -1).masked_fill(~kept, float("-inf"))[None]
+            plain = functional.scaled_dot_product_attention(case[0], key, value, mask, enable_gqa=True)
+            # Bloom's form adds up to 200 to the scores before their softmax.
+            torch.testing.assert_close(window_cache_attention(*case), plain, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(window_cache_attention(*case[:-1]), plain, rtol=1e-2, atol=1e-2)
+
+
+def test_slopes_of_zero_are_none():
+    case = attended(90, 3, 2, 8, slopes=torch.zeros(6))
+    torch.testing.assert_close(window_cache_attention(*case), window_cache_attention(*case[:-1]))
+
+
+def test_slopes_have_no_mean_and_no_kernel_on_cuda():
+    case = attended(20, 1, 2, 6, slopes=SLOPES)
+    with pytest.raises(InvalidArgument, match="got slopes and compensate, expected compensate=False"):
+        window_cache_attention(*case[:8], True, None, SLOPES)
+    with pytest.raises(InvalidArgument, match="got slopes of shape"):
+        window_cache_attention(*case[:8], False, None, SLOPES[:2])
+    with pytest.raises(InvalidArgument, match=r"got slopes of torch\.float64"):
+        window_cache_attention(*case[:8], False, None, SLOPES.double())
+    with pytest.raises(MissingKernel, match="takes no slopes, so models with ALiBi run on the CPU"):
+        on_cuda(*case)
+
+
 def test_many_queries_are_taken_in_blocks():
-    case = attended(40, 300, 3, 12)
-    torch.testing.assert_close(window_cache_attention(*case), reference(*case), rtol=1e-5, atol=1e-5)
+    for slopes in (None, SLOPES):
+        case = attended(40, 300, 3, 12, slopes=slopes)
+        # With slopes biases reach 700, and round in float32.
+        eps = 1e-5 if slopes is None else 1e-4
+        torch.testing.assert_close(window_cache_attention(*case), reference(*case), rtol=eps, atol=eps)
 
 
 def test_a_short_context_is_plain_attention():
@@ -177,7 +229,8 @@ def test_operators_are_well_formed():
     store, positions, new = empty(2, 6), torch.arange(3, 7), rows(4)
     for starts in (None, torch.tensor([1])):
         torch.library.opcheck(window_cache_append, (store, positions, new, 2, starts))
-        torch.library.opcheck(window_cache_attention, attended(20, 3, 2, 6, starts=starts))
+        for slopes in (None, SLOPES):
+            torch.library.opcheck(window_cache_attention, attended(20, 3, 2, 6, starts=starts, slopes=slopes))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from graphwright.patterns.graph import aten
 from graphwright.prepare import Prepared, prepare
 from graphwright.profiles.profile import Profile, fingerprint
 from tests.graph_text import check_text
-from tests.models import CACHE, captured_llama, tiny_llama, tokens
+from tests.models import CACHE, captured_bloom, captured_llama, tiny_bloom, tiny_llama, tokens
 from tests.passes.test_quantize_cache import sliding_mistral
 
 
@@ -265,6 +265,83 @@ def test_sliding_windows_are_left_alone():
     prepared = prepare(gw.capture_causal_lm(sliding_mistral(), CACHE))
     made = program(prepared, (1,), (1,))
     assert all(d.status == "failed" and "no more than its last 8 tokens" in d.reason for d in made.decisions)
+
+
+@pytest.fixture(scope="module")
+def bloom() -> Prepared:
+    return prepare(captured_bloom())
+
+
+ALIBI = {"compensate": False, "window": 6, "sinks": 2}
+
+
+@pytest.mark.parametrize("keep", [((2, 3), (0, 2)), ((3,), ()), ((), (1,))])
+def test_alibi_heads_decode_as_the_model_with_a_mask_of_each_head(bloom: Prepared, keep: Any):
+    """The model's own attention, with what a windowed head does not keep masked for it."""
+    made = program(bloom, *keep, **ALIBI)
+    assert {d.status for d in made.decisions} == {"kept"}, made.decisions
+    model, ids = tiny_bloom(), tokens(24)
+    away = torch.arange(24)[:, None] - torch.arange(24)
+    gone = (away > 6) & (torch.arange(24) >= 2)
+    for layer, heads in enumerate(keep):
+        windowed = torch.tensor([head not in heads for head in range(4)])
+        lost = (gone & windowed[:, None, None])[None]
+
+        def hook(module: Any, args: Any, kwargs: Any, lost: Tensor = lost) -> Any:
+            mask = kwargs["attention_mask"].expand_as(lost).masked_fill(lost, torch.finfo(torch.float32).min)
+            return args, kwargs | {"attention_mask": mask}
+
+        model.transformer.h[layer].self_attention.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    torch.testing.assert_close(steps(made, ids, *[1] * 24), wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(wanted, tiny_bloom()(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_prefill_of_alibi_heads_attends_to_everything(bloom: Prepared):
+    made, ids = program(bloom, (1, 3), (), **ALIBI), tokens(30)
+    with torch.no_grad():
+        torch.testing.assert_close(steps(made, ids, 30), tiny_bloom()(ids).logits, rtol=1e-4, atol=1e-5)
+    # And leaves what single tokens leave, in the first layer.
+    states = []
+    for pieces in ((30,), (1,) * 30, (7, 1, 22)):
+        again = program(bloom, (1, 3), (), **ALIBI)
+        steps(again, ids, *pieces)
+        states.append({name: x for name, x in again._state().items() if "_cache_0" in name})
+    for other in states[1:]:
+        for name, tensor in other.items():
+            torch.testing.assert_close(tensor, states[0][name], rtol=1e-4, atol=1e-6)
+
+
+def test_alibi_heads_of_a_saved_program(bloom: Prepared, tmp_path):
+    made = program(bloom, (2, 3), (0,), **ALIBI)
+    made.save(tmp_path / "s.gw")
+    loaded = gw.load(tmp_path / "s.gw")
+    assert torch.equal(loaded.generate(tokens(6), 20), made.generate(tokens(6), 20))
+    assert loaded.state_bytes() == 2 * 16 * 4 * (3 * CACHE + 5 * 9)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"compensate": True}, "the mask adds slopes over the keys, and the mean of dropped tokens has no position"),
+        ({"pack": {"key_bits": 8, "value_bits": 8, "mode": "per_token"}}, "the mask is not causal in the positions"),
+    ],
+)
+def test_alibi_heads_have_no_mean_and_are_not_packed(bloom: Prepared, options, reason):
+    made = program(bloom, (1,), (1,), **ALIBI | options)
+    assert all(d.status == "failed" and reason in d.reason for d in made.decisions), made.decisions
+
+
+def test_alibi_heads_are_left_alone_on_cuda(bloom: Prepared):
+    edit = Edit(copy_exported(bloom.exported["decode"]))
+    site = find_caches(edit.view).sites[0]
+    split = SplitCacheHeads(keep=(0,), **ALIBI)
+    assert split.guard(site, edit) is None
+    buffer = site.key_buffer.meta["val"]
+    with buffer.fake_mode:
+        site.key_buffer.meta["val"] = torch.empty(buffer.shape, device="cuda")
+    assert "window_cache_attention takes on the CPU only" in str(split.guard(site, edit))
 
 
 class _Reader(torch.nn.Module):

@@ -16,6 +16,7 @@ from graphwright.patterns.masks import MaskFact, analyse_mask
 
 LOWEST = torch.finfo(torch.float32).min
 MOST = 255
+SLOPES = (0.25, 0.0078125)
 B, S, K, P = Dim("b", min=1, max=8), Dim("s", min=1, max=MOST), Dim("k", min=1, max=MOST), Dim("p", min=1, max=64)
 ENDLESS = Dim("endless", min=1, max=1 << 20)
 
@@ -30,6 +31,16 @@ def causal(s: int, k: int | None = None, offset: int | Tensor = 0) -> Tensor:
 
 def near(s: int, window: int) -> Tensor:
     return torch.arange(s)[None] > column(s) - window
+
+
+def away(s: int) -> Tensor:
+    """Distance of key from query, negative before it."""
+    return torch.arange(s) - column(s)
+
+
+def line(m: Any, k: int) -> Tensor:
+    """ALiBi's bias, [heads, 1, keys]."""
+    return m.slopes[:, None, None] * torch.arange(k)
 
 
 def max_zero(size: Any) -> Any:
@@ -53,6 +64,7 @@ class Form:
     per_row: bool = False
     additive: bool = False
     sees: bool = True
+    slopes: tuple[float, ...] = ()
     reason: str = ""
 
 
@@ -67,6 +79,7 @@ class Attend(nn.Module):
         self.register_buffer("local", tril & ~tril.tril(-200))
         self.register_buffer("cache", torch.randn(1, 2, 32, 4))
         self.register_buffer("blocks", torch.block_diag(*[torch.ones(3, 3)] * 3).bool())
+        self.register_buffer("slopes", torch.tensor(SLOPES))
         self.register_buffer("length", torch.zeros((), dtype=torch.int64))
         self.bias = nn.Parameter(torch.randn(2, 2 * MOST))
         self.embedding = nn.Embedding(64, 4)
@@ -213,6 +226,27 @@ FORMS = (
          "cache_causal", ("positions", "starts"), "cache", window=8, sees=False),
     Form("starts alone", lambda m, q, k, starts: (torch.arange(k.shape[2]) > starts[:, None] - 1)[:, None, None],
          "padding", ("starts",), sees=False),
+    Form("alibi, by distance", lambda m, q, k: additive(causal(q.shape[2])) + away(q.shape[2]) * 0.5, "alibi",
+         additive=True, slopes=(0.5,)),
+    Form("alibi, by key", lambda m, q, k: line(m, k.shape[2]) + torch.full((q.shape[2],) * 2, -torch.inf).triu(1),
+         "alibi", additive=True, slopes=SLOPES),
+    Form("alibi, filled", lambda m, q, k: line(m, k.shape[2]).masked_fill(~causal(q.shape[2]), -1e9), "alibi",
+         additive=True, slopes=SLOPES),
+    Form("alibi, each row shifted", lambda m, q, k: additive(causal(q.shape[2])) + line(m, k.shape[2])
+         + (column(q.shape[2]) % 7).float(), "alibi", additive=True, slopes=SLOPES),
+    Form("alibi, window", lambda m, q, k: additive(causal(q.shape[2]) & near(q.shape[2], 5)) + line(m, k.shape[2]),
+         "alibi", window=5, additive=True, slopes=SLOPES),
+    Form("alibi in a cache", lambda m, q, k, positions: additive(causal(q.shape[2], 32, positions[0])) + line(m, 32),
+         "cache_alibi", ("positions",), "cache", additive=True, slopes=SLOPES),
+    Form("alibi in a cache, by distance",
+         lambda m, q, k, positions: additive(torch.arange(32) <= positions[:, None])
+         + m.slopes[:, None, None] * (torch.arange(32) - positions[:, None]),
+         "cache_alibi", ("positions",), "cache", per_row=True, additive=True, slopes=SLOPES),
+    Form("alibi in a cache, from starts",
+         lambda m, q, k, positions, starts: additive(causal(q.shape[2], 32, positions[0])
+                                                     & (torch.arange(32) >= starts[:, None, None, None]))
+         + m.slopes[:, None, None] * (torch.arange(32) - starts[:, None, None, None]),
+         "cache_alibi", ("positions", "starts"), "cache", additive=True, sees=False, slopes=SLOPES),
     Form("constant of fixed size", lambda m, q, k: m.tril[0, 0, :9, :9], "causal", keys="fixed"),
 )  # fmt: skip
 
@@ -240,8 +274,24 @@ NEAR_MISSES = (
     Form("near or first keys", lambda m, q, k: ~causal(q.shape[2], k.shape[2], -33) | (torch.arange(k.shape[2]) < 64),
          keys="free"),
     Form("constant blocks", lambda m, q, k: m.blocks, keys="fixed"),
-    Form("alibi", lambda m, q, k: additive(causal(q.shape[2])) + (torch.arange(q.shape[2]) - column(q.shape[2])) * 0.5,
-         reason="adds a bias"),
+    Form("alibi on both sides", lambda m, q, k: away(q.shape[2]).abs() * -0.5,
+         reason="is no line over the keys"),
+    Form("alibi without causality", lambda m, q, k: line(m, k.shape[2]), reason="is not causal but keeps `every key`"),
+    Form("alibi that ends", lambda m, q, k: additive(causal(q.shape[2])) + away(q.shape[2]).clamp(min=-200) * 0.5,
+         reason="is no line over the keys"),
+    Form("alibi, squared", lambda m, q, k: additive(causal(q.shape[2])) - away(q.shape[2]) ** 2 / 64,
+         reason="is no line over the keys"),
+    Form("alibi of rows", lambda m, q, k: additive(causal(q.shape[2])) + away(q.shape[2]) * column(q.shape[2]) / 8,
+         reason="is no line over the keys"),
+    Form("alibi by size", lambda m, q, k: additive(causal(q.shape[2])) + line(m, k.shape[2]) / q.shape[2],
+         reason="elsewhere by"),
+    Form("alibi of the first keys", lambda m, q, k: additive(causal(q.shape[2]))
+         + torch.where(torch.arange(k.shape[2]) < 150, line(m, k.shape[2]), 0.0), reason="adds a bias"),
+    Form("alibi, bfloat16", lambda m, q, k: (additive(causal(q.shape[2])) + away(q.shape[2]) * 0.3).bfloat16().float(),
+         reason="is no line over the keys"),
+    Form("alibi, one pair less", lambda m, q, k: additive(causal(q.shape[2]) & ~((column(q.shape[2]) == 20)
+         & (torch.arange(q.shape[2]) == 10))) + line(m, k.shape[2]), reason="query 20 does not see key 10"),
+    Form("nan", lambda m, q, k: torch.full((q.shape[2],) * 2, torch.nan), reason="adds a bias, for example nan"),
     Form("relative bias", lambda m, q, k: m.bias[:, column(q.shape[2]) - torch.arange(q.shape[2]) + MOST],
          reason="adds a bias"),
     Form("weak padding", lambda m, q, k, padding: ((1 - padding.float()) * -100)[:, None, None], inputs=("padding",),

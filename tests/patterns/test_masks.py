@@ -21,7 +21,8 @@ def test_forms(form: Form):
     assert found == (form.kind, form.window, form.per_row, form.additive, form.sees), fact.reason
     read = {node.name.removeprefix("inputs_") for node in (fact.positions, fact.padding) if node is not None}
     assert read - {"b_length"} == {name for name in form.inputs if name not in ("past", "tokens")}
-    assert (fact.positions is not None) == (form.kind == "cache_causal")
+    assert (fact.positions is not None) == form.kind.startswith("cache_")
+    assert fact.slopes == form.slopes
     assert fact.starts == ("starts" in form.inputs)
 
 
@@ -30,6 +31,7 @@ def test_near_misses(form: Form):
     fact = analysed(form.keys)[form.name]
     assert fact.kind == "unknown", fact.reason
     assert fact.positions is None
+    assert not fact.slopes
     assert fact.padding is None
     assert form.reason in fact.reason
     assert not fact.every_row_sees_a_key
