@@ -1,8 +1,8 @@
 """RazorAttention on SmolLM2: passkeys against the full cache and against other ways to keep as many bytes; time.
 
     python -m graphwright.benchmarks.razor scores --length 4096
-    python -m graphwright.benchmarks.razor passkey --length 4096 --draws 2
-    python -m graphwright.benchmarks.razor shares --length 4096 --split calibration
+    python -m graphwright.benchmarks.razor shares --length 4096 --draws 4
+    python -m graphwright.benchmarks.razor passkey --length 4096 --draws 4 --split calibration
     python -m graphwright.benchmarks.razor time --length 4096
     python -m graphwright.benchmarks.razor quantized --length 4096
 
@@ -35,9 +35,8 @@ from graphwright.profiles.retrieval_heads import HeadScores
 Heads = tuple[tuple[int, ...], ...]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SWEEP = (
-    (0.05, 0.01, 256), (0.14, 0.01, 256), (0.22, 0.03, 256), (0.26, 0.03, 256),
-    (0.18, 0.06, 256), (0.16, 0.10, 256), (0.14, 0.14, 256), (0.18, 0.10, 256), (0.06, 0.20, 256),
-    (0.16, 0.10, 64), (0.16, 0.10, 128), (0.16, 0.10, 512),
+    (0.05, 0.01, 256), (0.10, 0.01, 256), (0.14, 0.01, 256), (0.18, 0.02, 256), (0.22, 0.03, 256), (0.26, 0.03, 256),
+    (0.26, 0.00, 256), (0.16, 0.10, 256), (0.06, 0.20, 256), (0.22, 0.03, 64), (0.22, 0.03, 128), (0.22, 0.03, 512),
 )  # fmt: skip
 """Shares by induction and by echo, and windows."""
 
