@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
 from ..apply import Keep, arguments_of
-from ..registry import Choice, Lowering, name_of
+from ..registry import Choice, Lowering, choose, name_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,18 +27,21 @@ DOMAIN = "graphwright"
 _ATTRIBUTES = {"int": "INT", "SymInt": "INT", "bool": "INT", "float": "FLOAT", "str": "STRING"}
 
 
-def as_functions(choices: Iterable[Choice]) -> list[Choice]:
-    """Portable choices, kept as calls where a node can say everything about them."""
+def as_functions(nodes: Iterable[Node]) -> list[Choice]:
+    """Choices that keep calls as nodes, where a node can say everything about them; portable ones where not."""
     made = []
-    for choice in choices:
-        reason = None if choice.lowering is None else _constant_arguments(choice.node)
-        if choice.lowering is None:
-            made.append(choice)
-        elif reason is not None:
-            made.append(replace(choice, passed_over=(*choice.passed_over, (f"{DOMAIN}::{choice.operator}", reason))))
+    for call in nodes:
+        if name_of(call) is None:
+            continue
+        body = choose(call, "onnx", "function")
+        reason = _constant_arguments(call) if body.lowering is not None else f"it has no body: {body.reason}"
+        if body.lowering is None or reason is not None:
+            portable = choose(call, "onnx", "portable")
+            passed = ((f"{DOMAIN}::{body.operator}", reason or ""), *portable.passed_over)
+            made.append(replace(portable, passed_over=passed))
         else:
-            becomes = f"{DOMAIN}::{choice.operator}, its body: {choice.lowering.becomes}"
-            made.append(replace(choice, lowering=Lowering(choice.operator, "onnx", becomes, Keep())))
+            becomes = f"{DOMAIN}::{body.operator}, its body: {body.lowering.becomes}"
+            made.append(replace(body, lowering=Lowering(body.operator, "onnx", becomes, Keep())))
     return made
 
 

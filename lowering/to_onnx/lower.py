@@ -77,7 +77,7 @@ def plan(exported: ExportedProgram, ops: str = "portable") -> list[Choice]:
     from .functions import as_functions
 
     if ops == "function":
-        return as_functions(choose_all(exported.graph.nodes, "onnx", "portable"))
+        return as_functions(exported.graph.nodes)
     return choose_all(exported.graph.nodes, "onnx", ops)
 
 
@@ -120,7 +120,7 @@ def _lower_one(program: ExportedProgram) -> ir.Model:
     """A program of one call, as the body of a function."""
     from .tidy import resolve
 
-    choices = choose_all(program.graph.nodes, "onnx", "portable")
+    choices = choose_all(program.graph.nodes, "onnx", "function")
     require(choices, "onnx")
     model = translate(apply(program, choices))
     resolve(model)

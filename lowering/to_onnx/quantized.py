@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...kernels import int4_linear as _int4_linear  # noqa: F401 (registers the operator)
 from ...kernels.contract import Operator
 from ...kernels.int4_weights import unpack
 from ...passes.edit import Edit
@@ -138,6 +139,14 @@ def _portable_int4(edit: Edit, node: Node) -> Node:
     return edit.call(_carriers.int4_tokens.default, x, packed, by_group, a["scale"], sums, *rest, like=node)
 
 
+def _rotated_first(edit: Edit, node: Node) -> Node:
+    """`int4_linear` whose rotation is an operation of its own."""
+    a = arguments_of(node)
+    if a["hadamard"]:
+        a |= {"x": rotate(edit, a["x"], node), "hadamard": False}
+    return edit.call(torch.ops.graphwright.int4_linear.default, *a.values(), like=node)
+
+
 def _portable_int4_weight(edit: Edit, node: Node) -> Node:
     a = arguments_of(node)
     (k, n), packed = _int4_buffer(edit, a)
@@ -217,10 +226,6 @@ def _block_of(k: int) -> int:
     return next((block for block in (128, 64, 32, 16) if k % block == 0), 0)
 
 
-def _not_rotated(node: Node, operator: Operator) -> str | None:
-    return "it rotates its input, for which the weight must be stored" if arguments_of(node)["hadamard"] else None
-
-
 def _stored_only(node: Node, operator: Operator) -> str | None:
     """Packing anew needs the stored weight."""
     weight = arguments_of(node)["weight"]
@@ -240,60 +245,26 @@ def _nbits_takes(node: Node, operator: Operator) -> str | None:
     return None
 
 
-register(Lowering("int8_linear", "onnx", "MatMulInteger of rounded tokens", Body(int8_body)))
-register(
-    Lowering(
-        "int8_linear", "onnx", "MatMulNBits (com.microsoft), 8 bits", Rewrite(_nbits_int8), _nbits_takes, 10, ("ort",)
-    )
-)
-register(
-    Lowering(
-        "int4_linear",
-        "onnx",
-        "MatMulInteger of rounded tokens and a 4-bit weight",
-        Rewrite(_portable_int4, {_carriers.int4_tokens.default: int4_tokens_body, **ROTATE}),
-        _stored_only,
-    )
-)
-register(
-    Lowering(
-        "int4_linear",
-        "onnx",
-        "MatMulNBits (com.microsoft), 4 bits",
-        Rewrite(_nbits_int4, ROTATE),
-        _nbits_takes,
-        10,
-        ("ort",),
-    )
-)
-register(
+INT8, INT4 = "MatMulNBits (com.microsoft), 8 bits", "MatMulNBits (com.microsoft), 4 bits"
+STORED = ("portable", "ort")
+"""Where weights are stored tensors: the body of a function has them as inputs."""
+
+_unpacked = Rewrite(_rotated_first, {torch.ops.graphwright.int4_linear.default: int4_linear_body, **ROTATE})
+_packed = Rewrite(_portable_int4, {_carriers.int4_tokens.default: int4_tokens_body, **ROTATE})
+for _lowering in (
+    Lowering("int8_linear", "onnx", "MatMulInteger of rounded tokens", Body(int8_body)),
+    Lowering("int8_linear", "onnx", INT8, Rewrite(_nbits_int8), _nbits_takes, 10, ("ort",)),
+    Lowering("int4_linear", "onnx", "MatMulInteger, the weight unpacked when it runs", _unpacked, priority=-1),
+    Lowering("int4_linear", "onnx", "MatMulInteger of a 4-bit weight", _packed, _stored_only, choices=STORED),
+    Lowering("int4_linear", "onnx", INT4, Rewrite(_nbits_int4, ROTATE), _nbits_takes, 10, ("ort",)),
     Lowering(
         "int4_weight_linear",
         "onnx",
         "DequantizeLinear of a 4-bit weight, MatMul",
         Rewrite(_portable_int4_weight),
         _stored_only,
-    )
-)
-register(
-    Lowering(
-        "int4_weight_linear",
-        "onnx",
-        "MatMulNBits (com.microsoft), 4 bits",
-        Rewrite(_nbits_int4),
-        _nbits_takes,
-        10,
-        ("ort",),
-    )
-)
-
-register(
-    Lowering(
-        "int4_linear",
-        "onnx",
-        "MatMulInteger of rounded tokens, the weight unpacked when it runs",
-        Body(int4_linear_body),
-        _not_rotated,
-        -1,
-    )
-)
+        choices=STORED,
+    ),
+    Lowering("int4_weight_linear", "onnx", INT4, Rewrite(_nbits_int4), _nbits_takes, 10, ("ort",)),
+):
+    register(_lowering)
