@@ -133,6 +133,8 @@ def translate(program: ExportedProgram) -> ir.Model:
     Raises:
         UnsupportedLowering: torch.onnx has no translation of an operator.
     """
+    import onnxscript
+
     from .functions import function_translations
     from .translations import translations
 
@@ -141,12 +143,25 @@ def translate(program: ExportedProgram) -> ir.Model:
     with _quiet():
         try:
             made = torch.onnx.export(
-                program, (), dynamo=True, opset_version=OPSETS[0], verbose=False, custom_translation_table=table
+                program,
+                (),
+                dynamo=True,
+                opset_version=OPSETS[0],
+                verbose=False,
+                optimize=False,
+                custom_translation_table=table,
             )
+            # What torch.onnx does when it optimizes, but that constants are not folded into larger ones.
+            onnxscript.optimizer.optimize_ir(made.model, should_fold=_may_fold)
+            onnxscript.rewriter.onnx_fusions.fuse(made.model)
         except Exception as error:  # torch.onnx wraps whatever went wrong in errors of its own
             raise UnsupportedLowering(f"onnx: {_first_cause(error)}") from error
-    assert made is not None
     return made.model
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """Whether a call on constants is computed now: None for onnxscript's own rules."""
+    return False if node.op_type in ("Expand", "Tile") else None
 
 
 def _first_cause(error: BaseException) -> str:
@@ -158,13 +173,15 @@ def _first_cause(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch.onnx's notes on torchvision and its own deprecations."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Without the notes of torch.onnx and onnxscript on torchvision, on what is not folded, and on deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
