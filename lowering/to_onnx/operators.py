@@ -26,7 +26,7 @@ from ..registry import Lowering, fallback, refuse, register
 from ..traceable import traces
 from .quantized import nm_int8_body
 
-FORMULA = "its formula in standard operators"
+FORMULA = "its formula, in standard operators"
 
 
 def _by_reference(operator: Operator) -> Lowering:

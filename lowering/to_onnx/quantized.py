@@ -33,6 +33,8 @@ from .rotation import ROTATE, rotate
 
 aten = torch.ops.aten
 _carriers = torch.ops.graphwright_onnx
+ZERO = 128
+"""What is added to signed integers to make them unsigned."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -40,10 +42,10 @@ def int8_body(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = No
     """`int8_linear` with its integer product: x [..., K], weight int8 [N, K]."""
     tokens = x.float()
     step = (tokens.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(_TINY)
-    quantized = (tokens / step).round().to(torch.int8)
+    quantized = ((tokens / step).round() + ZERO).to(torch.uint8)
     # A token with an infinity is all NaN, as the operator has it: its step says so.
     step = step + (step - step)
-    y = matmul_integer(quantized, weight.t()).float() * scale * step
+    y = matmul_integer(quantized, weight.t(), ZERO).float() * scale * step
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
@@ -68,7 +70,7 @@ def int4_linear_body(
     """`int4_linear`, the weight unpacked when it runs; without the rotation."""
     values, step, zero = on_grid(x.float(), bits, clip)
     whole = int4_unpacked(weight, steps, scale.shape[0])
-    return _scaled(matmul_integer(values.to(torch.uint8), whole), zero, sums.float(), scale, step, bias, x.dtype)
+    return _scaled(matmul_integer(values.to(torch.uint8), whole, 0), zero, sums.float(), scale, step, bias, x.dtype)
 
 
 def int4_tokens_body(
@@ -86,7 +88,7 @@ def int4_tokens_body(
     tokens, step, zero = on_grid(x.float(), bits, clip)
     # In 32 bits, since runtimes have no product of 8-bit integers; all constant, so it is done once, when loading.
     values = int4_values(packed, k, n).to(torch.int32).view(steps.shape[0], -1, n) * steps.to(torch.int32)
-    total = matmul_integer(tokens.to(torch.uint8), values.view(k, n).to(torch.int8))
+    total = matmul_integer(tokens.to(torch.uint8), values.view(k, n).to(torch.int8), 0)
     return _scaled(total, zero, sums, scale, step, bias, x.dtype)
 
 

@@ -59,6 +59,11 @@ def translations() -> dict[Any, Callable[..., Any]]:
         places = op.Expand(op.Unsqueeze(index, op.Constant(value_ints=others)), op.Shape(source))
         return op.ScatterElements(self, places, source, axis=dim)
 
+    def matmul_integer(a: Any, b: Any, zero: int) -> Any:
+        if not zero:
+            return op.MatMulInteger(a, b)
+        return op.MatMulInteger(a, b, op.Constant(value=onnx.helper.make_tensor("", _UINT8, [], [zero])))
+
     def matmul_nbits(
         x: Any, weight: Any, scale: Any, bias: Any, bits: int, block: int, k: int, n: int, accuracy: int
     ) -> Any:
@@ -97,7 +102,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         aten.bitwise_and.Scalar: bitwise_and,
         aten.view.dtype: view_dtype,
         aten.index_copy.default: index_copy,
-        carriers.matmul_integer.default: lambda a, b: op.MatMulInteger(a, b),
+        carriers.matmul_integer.default: matmul_integer,
         carriers.matmul_nbits.default: matmul_nbits,
         carriers.int4_values.default: int4_values,
         carriers.int4_floats.default: int4_floats,
