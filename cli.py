@@ -171,7 +171,7 @@ def graph(
 @app.command()
 def export(
     program: Saved,
-    output: Annotated[Path, typer.Option("--output", "-o", help="What to write: model.onnx.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="What to write: .onnx, or .pt2 for AOTInductor.")],
     ops: Annotated[str, typer.Option(help="Operators in ONNX: 'portable', 'ort' or 'function'.")] = "portable",
     opset: Annotated[int, typer.Option(help="ONNX opset: 23 or 24.")] = 23,
     dry: Annotated[bool, typer.Option("--dry-run", help="Only say what each operator would become.")] = False,
@@ -187,7 +187,8 @@ def export(
         print(dump_json(made)) if as_json else _console.print(made)
         return
     _check_writable(output)
-    files = load(program).export(output, ops=ops, opset=opset)
+    options = {"ops": ops, "opset": opset} if output.suffix == ".onnx" else {}
+    files = load(program).export(output, **options)
     sizes = {str(file): file.stat().st_size for file in files}
     print(json.dumps(sizes) if as_json else "\n".join(f"{name}  {size / 1e6:.1f} MB" for name, size in sizes.items()))
 

@@ -83,6 +83,8 @@ def _plan(exported: Any, target: Target, ops: str) -> list[Choice]:
 def _exporter(target: Target, path: Path) -> Callable[..., list[Path]]:
     if target == "onnx":
         from .lowering.to_onnx.write import export as run
+    elif target == "aoti":
+        from .lowering.to_aoti.write import export as run
     else:
         raise UnsupportedLowering(f"{path}: graphwright writes no {target} files yet; export .onnx instead")
     return run

@@ -365,7 +365,7 @@ class Program:
         """Write files that run without graphwright's Python; the suffix says which.
 
         Args:
-            path: `.onnx` for ONNX models; open them with `gw.load`.
+            path: `.onnx` for ONNX models, which `gw.load` opens; `.pt2` for AOTInductor packages.
             options: The target's: `opset` (23 or 24) and `ops` ("portable", "ort" or "function") for ONNX.
 
         Returns:

@@ -1,6 +1,6 @@
 """Which operators go to which target, as the README shows it: made from the registry, so that it cannot be wrong.
 
-    python -m graphwright.lowering.operator_table
+python -m graphwright.lowering.operator_table
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ REFUSED = (
     "window_lists",
 )
 TARGETS = {
-    "aoti": "graphwright writes no AOTInductor packages; export .onnx",
     "tensorrt": "graphwright has no TensorRT plugins; export .onnx with ops='portable': standard operators only",
     "tensorrt_rtx": "TensorRT-RTX takes no plugins; export .onnx with ops='portable': standard operators only",
 }

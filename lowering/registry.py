@@ -27,8 +27,8 @@ from .targets import Target
 
 MODULES: dict[str, tuple[str, ...]] = {
     "eager": ("eager_operators",),
-    "aoti": ("refused_operators",),
-    "onnx": ("to_onnx.operators", "to_onnx.quantized", "to_onnx.rotation"),
+    "aoti": ("to_aoti.operators",),
+    "onnx": ("to_onnx.operators", "to_onnx.quantized"),
     "tensorrt": ("refused_operators",),
     "tensorrt_rtx": ("refused_operators",),
 }

@@ -77,3 +77,27 @@ def int8_linear_body(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     step = (tokens.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(_TINY)
     y = F.linear((tokens / step).round(), weight.float()) * scale * (step + (step - step))
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def nm_int8_linear_body(
+    x: Tensor, factors: Tensor | None, weight: Tensor, scale: Tensor, bias: Tensor | None, n: int, m: int
+) -> Tensor:
+    """`nm_int8_linear` in float operators."""
+    return int8_linear_body(nm_sparsify_body(x, factors, n, m), weight, scale, bias)
+
+
+def int4_linear_body(
+    x: Tensor,
+    weight: Tensor,
+    steps: Tensor,
+    scale: Tensor,
+    sums: Tensor,
+    bias: Tensor | None = None,
+    bits: int = 8,
+    clip: float = 1.0,
+    hadamard: bool = False,
+) -> Tensor:
+    """`int4_linear` in float operators, the weight unpacked when it runs; without the rotation."""
+    values, step, zero = on_grid(x.float(), bits, clip)
+    y = (values @ int4_unpacked(weight, steps, scale.shape[0]).float() - zero * sums.float()) * scale * step
+    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -1,7 +1,7 @@
 """Lower a program to ONNX: one stateless model, state as inputs and outputs, standard operators where they exist.
 
     attention         Attention, with is_causal and grouped heads        linear      MatMul
-    RMSNorm           RMSNormalization                                   cache       ScatterElements on the input itself
+    RMSNorm           RMSNormalization                                   cache       ScatterND on the input itself
     rotary embedding  RotaryEmbedding                                    graphwright's operators: by `ops`
 
 The translation of ATen is torch.onnx's; here is what comes before it (graphwright's operators, `registry.py`; state,

@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...kernels import int4_linear as _int4_linear  # noqa: F401 (registers the operator)
 from ...kernels.contract import Operator
 from ...kernels.int4_weights import unpack
 from ...passes.edit import Edit
 from ..apply import Body, Rewrite, arguments_of
 from ..bodies.linear import int4_unpacked, nm_sparsify_body, on_grid
+from ..bodies.rotation import ROTATE, rotate, rotate_first
 from ..registry import Lowering, register
 from .carriers import int4_values, matmul_integer, pack_int4
-from .rotation import ROTATE, rotate
 
 aten = torch.ops.aten
 _carriers = torch.ops.graphwright_onnx
@@ -141,14 +140,6 @@ def _portable_int4(edit: Edit, node: Node) -> Node:
     return edit.call(_carriers.int4_tokens.default, x, packed, by_group, a["scale"], sums, *rest, like=node)
 
 
-def _rotated_first(edit: Edit, node: Node) -> Node:
-    """`int4_linear` whose rotation is an operation of its own."""
-    a = arguments_of(node)
-    if a["hadamard"]:
-        a |= {"x": rotate(edit, a["x"], node), "hadamard": False}
-    return edit.call(torch.ops.graphwright.int4_linear.default, *a.values(), like=node)
-
-
 def _portable_int4_weight(edit: Edit, node: Node) -> Node:
     a = arguments_of(node)
     (k, n), packed = _int4_buffer(edit, a)
@@ -251,7 +242,7 @@ INT8, INT4 = "MatMulNBits (com.microsoft), 8 bits", "MatMulNBits (com.microsoft)
 STORED = ("portable", "ort")
 """Where weights are stored tensors: the body of a function has them as inputs."""
 
-_unpacked = Rewrite(_rotated_first, {torch.ops.graphwright.int4_linear.default: int4_linear_body, **ROTATE})
+_unpacked = Rewrite(rotate_first, {torch.ops.graphwright.int4_linear.default: int4_linear_body, **ROTATE})
 _packed = Rewrite(_portable_int4, {_carriers.int4_tokens.default: int4_tokens_body, **ROTATE})
 for _lowering in (
     Lowering("int8_linear", "onnx", "MatMulInteger of rounded tokens", Body(int8_body)),

@@ -55,6 +55,16 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
     def index_copy(self: Any, dim: int, index: Any, source: Any) -> Any:
         rank = len(self.shape)
+        leading = [self.shape[axis] for axis in range(dim % rank)]
+        if leading and all(isinstance(size, int) for size in leading):
+            # Whole slices are written, 16 to 64 numbers for an index; and the indices are the same in all layers.
+            count = op.Shape(index)
+            grid = torch.cartesian_prod(*map(torch.arange, leading)).reshape(*leading, 1, len(leading))
+            fixed = op.Constant(value=onnx.numpy_helper.from_array(grid.numpy()))
+            wide = op.Concat(op.Constant(value_ints=leading), count, op.Constant(value_ints=[len(leading)]), axis=0)
+            at = op.Concat(op.Constant(value_ints=leading), count, op.Constant(value_ints=[1]), axis=0)
+            moving = op.Expand(op.Unsqueeze(index, op.Constant(value_ints=[-1])), at)
+            return op.ScatterND(self, op.Concat(op.Expand(fixed, wide), moving, axis=-1), source)
         others = [axis for axis in range(rank) if axis != dim % rank]
         places = op.Expand(op.Unsqueeze(index, op.Constant(value_ints=others)), op.Shape(source))
         return op.ScatterElements(self, places, source, axis=dim)

@@ -1,4 +1,4 @@
-"""Hadamard rotations in ONNX: one small matrix product for each factor, with the factors as stored tensors.
+"""Hadamard rotations as products: one small matrix product for each factor, with the factors as stored tensors.
 
     x [..., n]  ->  [..., blocks, m1, m2, ...]  ->  times each factor [m, m] along its axis  ->  [..., n]
 
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ...kernels import int4_linear as _int4_linear  # noqa: F401 (registers the operator)
 from ...kernels.contract import Operator
 from ...kernels.hadamard import orders, signs
 from ...passes.edit import Edit
-from ..apply import Rewrite, arguments_of
-from ..registry import Lowering, register
+from ..apply import arguments_of
 
 
-@torch.library.custom_op("graphwright_onnx::rotate", mutates_args=())
+@torch.library.custom_op("graphwright_body::rotate", mutates_args=())
 def _rotate(x: Tensor, factors: list[Tensor], blocks: int) -> Tensor:
     """Stands for `rotate_body` until that is traced."""
     return rotate_body(x, factors, blocks).clone()
@@ -43,18 +43,27 @@ def rotate(edit: Edit, x: Node, like: Node) -> Node:
     """Insert the rotation of a value's last dimension before `like`."""
     blocks, factors = orders(int(x.meta["val"].shape[-1]))
     stored = [edit.buffer(f"hadamard.{order}", lambda m=order: signs(m).float() / m**0.5) for order in factors]
-    return edit.call(torch.ops.graphwright_onnx.rotate.default, x, stored, blocks, like=like)
+    return edit.call(torch.ops.graphwright_body.rotate.default, x, stored, blocks, like=like)
 
 
-def _hadamard(edit: Edit, node: Node) -> Node:
+def rotate_call(edit: Edit, node: Node) -> Node:
+    """`hadamard`, as `Rewrite` wants it."""
     return rotate(edit, arguments_of(node)["x"], node)
 
 
-def _known_width(node: Node, operator: Operator) -> str | None:
+def rotate_first(edit: Edit, node: Node) -> Node:
+    """`int4_linear` whose rotation is an operation of its own."""
+    a = arguments_of(node)
+    if a["hadamard"]:
+        a |= {"x": rotate(edit, a["x"], node), "hadamard": False}
+    return edit.call(torch.ops.graphwright.int4_linear.default, *a.values(), like=node)
+
+
+def known_width(node: Node, operator: Operator) -> str | None:
+    """The validator: the factors are chosen by the size."""
     width = arguments_of(node)["x"].meta["val"].shape[-1]
     return None if isinstance(width, int) else f"the rotated size {width} is not known before it runs"
 
 
-ROTATE = {torch.ops.graphwright_onnx.rotate.default: rotate_body}
+ROTATE = {torch.ops.graphwright_body.rotate.default: rotate_body}
 """The body of what `rotate` inserts."""
-register(Lowering("hadamard", "onnx", "MatMul by each factor", Rewrite(_hadamard, ROTATE), _known_width))
