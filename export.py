@@ -5,7 +5,7 @@ Also what a dry run prints: what each operator of each phase would become, befor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import InvalidArgument, UnsupportedLowering
 from .inspection.printable import Printable
 from .inspection.tables import Table
+from .lowering.compare_targets import TARGETS, Agreement, Call
+from .lowering.compare_targets import compare_targets as lowered_and_compared
 from .lowering.registry import Choice, choose_all, summarize
 from .lowering.source import Source
 from .lowering.targets import Target, target_of
@@ -30,8 +32,27 @@ def export(program: Program, path: str | Path, **options: Any) -> list[Path]:
     unknown = [name for name in options if name not in known]
     if unknown:
         raise InvalidArgument(f"{target} has no option {unknown[0]!r}; there are {', '.join(known) or 'none'}")
-    source = Source(program.phases, program.inputs, program.kind, program.facts, program.initial_state())
-    return run(source, path, **options)
+    return run(_source(program), path, **options)
+
+
+def compare_targets(program: Program, calls: Sequence[Call], targets: Sequence[str] = TARGETS) -> list[Agreement]:
+    """How far each target is from PyTorch on the same calls, made one after the other from fresh state.
+
+    Args:
+        program: The program; its state is reset.
+        calls: Positional and keyword inputs.
+        targets: "onnx portable", "onnx ort", "onnx function", "aoti".
+
+    Raises:
+        InvalidArgument: There is no such target.
+    """
+    program.reset()
+    expected = [program(*args, **kwargs) for args, kwargs in calls]
+    return lowered_and_compared(_source(program), calls, expected, targets)
+
+
+def _source(program: Program) -> Source:
+    return Source(program.phases, program.inputs, program.kind, program.facts, program.initial_state())
 
 
 def dry_run(program: Program, path: str | Path, ops: str = "portable") -> DryRun:

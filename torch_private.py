@@ -38,6 +38,7 @@ __all__ = [
     "define_symbol",
     "enable_python_dispatcher",
     "int_oo",
+    "load_package",
     "new_fake_mode",
     "pytree",
     "symbol_facts",
@@ -79,3 +80,10 @@ def compile_package(program: ExportedProgram, path: Path, metadata: dict[str, st
     from torch._inductor import aoti_compile_and_package
 
     aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
+
+
+def load_package(path: Path) -> Any:
+    """Open a package that `compile_package` wrote."""
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(str(path))
