@@ -112,7 +112,8 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         options.rounds,
     )
     print("prefill of 512:", {name: f"{seconds:.3f} s" for name, seconds in times.items()}, flush=True)
-    plain.clear(), runs.clear()
+    plain.clear()
+    runs.clear()
 
     methods = {
         "int8": (gw.Int8(), ("portable", "ort")),

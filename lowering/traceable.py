@@ -32,7 +32,7 @@ def traces(node: Node, operator: Operator) -> str | None:
     except Exception as error:  # what a reference raises on fake tensors is torch's to choose
         return f"its reference cannot be traced: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     expected = node.meta["val"]
-    pairs = zip(made, expected, strict=False) if isinstance(expected, tuple | list) else [(made, expected)]
+    pairs: Any = zip(made, expected, strict=False) if isinstance(expected, tuple | list) else [(made, expected)]
     for got, wanted in pairs:
         if got.dtype != wanted.dtype or got.dim() != wanted.dim():
             return f"its reference makes {got.dtype} of {got.dim()} dimensions, the operator {wanted.dtype}"

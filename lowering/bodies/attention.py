@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,8 +146,10 @@ def _roots(
         if window == 2:
             delta = (members[1] - members[0]).abs() / 2
         else:
-            mean = sum(members) / window
-            delta = (sum((member - mean).square() for member in members) / window).sqrt()
+            # In the order of the kernel, since a flag may hang on the last bit.
+            mean: Any = sum(members) / window
+            variance: Any = sum((member - mean).square() for member in members) / window
+            delta = variance.sqrt()
         inside = (at % window != 0) & (at - at % window + window <= grid[axis])
         flagged = (_shared(delta, groups, granularity) < limit) & inside[:, None]
         back = torch.where(flagged, (tokens - start)[:, None], back)

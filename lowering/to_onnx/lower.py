@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -133,7 +133,8 @@ def translate(program: ExportedProgram) -> ir.Model:
     Raises:
         UnsupportedLowering: torch.onnx has no translation of an operator.
     """
-    import onnxscript
+    from onnxscript import optimizer
+    from onnxscript.rewriter import onnx_fusions
 
     from .functions import function_translations
     from .translations import translations
@@ -142,7 +143,7 @@ def translate(program: ExportedProgram) -> ir.Model:
     table = translations() | function_translations(program)
     with _quiet():
         try:
-            made = torch.onnx.export(
+            made: Any = torch.onnx.export(
                 program,
                 (),
                 dynamo=True,
@@ -152,8 +153,8 @@ def translate(program: ExportedProgram) -> ir.Model:
                 custom_translation_table=table,
             )
             # What torch.onnx does when it optimizes, but that constants are not folded into larger ones.
-            onnxscript.optimizer.optimize_ir(made.model, should_fold=_may_fold)
-            onnxscript.rewriter.onnx_fusions.fuse(made.model)
+            optimizer.optimize_ir(made.model, should_fold=_may_fold)
+            onnx_fusions.fuse(made.model)
         except Exception as error:  # torch.onnx wraps whatever went wrong in errors of its own
             raise UnsupportedLowering(f"onnx: {_first_cause(error)}") from error
     return made.model

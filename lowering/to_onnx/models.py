@@ -63,7 +63,7 @@ class _Weights:
                 offset,
                 length,
                 tensor.dtype,
-                shape=ir.Shape([int(size) for size in tensor.shape]),
+                shape=ir.Shape(tensor.shape.numpy()),
                 name=name or "",
                 base_dir=self._folder,
             )

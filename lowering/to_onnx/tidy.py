@@ -57,6 +57,7 @@ def resolve(model: ir.Model) -> None:
             continue
         packed, *scale = node.inputs
         assert packed is not None
+        assert packed.const_value is not None
         k, n = (node.attributes[name].as_int() for name in ("k", "n"))
         name = f"{packed.name}.int4"
         if name in graph.initializers:
@@ -67,14 +68,18 @@ def resolve(model: ir.Model) -> None:
                 name=name, type=ir.TensorType(ir.DataType.INT4), shape=ir.Shape((k, n)), const_value=tensor
             )
             graph.register_initializer(weight)
-        if scale:
-            block = k // scale[0].shape[0]
-            new = ir.node("DequantizeLinear", [weight, scale[0]], {"axis": 0, "block_size": block})
+        by = scale[0] if scale else None
+        if by is not None:
+            assert by.shape is not None
+            block = k // by.shape.numpy()[0]
+            new = ir.node("DequantizeLinear", [weight, by], {"axis": 0, "block_size": block})
         else:
             new = ir.node("Cast", [weight], {"to": ir.DataType.INT8})
         old = node.outputs[0]
         new.outputs[0].name, new.outputs[0].shape = old.name, ir.Shape((k, n))
-        new.outputs[0].type = ir.TensorType(scale[0].dtype if scale else ir.DataType.INT8)
+        kind = ir.DataType.INT8 if by is None else by.dtype
+        assert kind is not None
+        new.outputs[0].type = ir.TensorType(kind)
         graph.insert_before(node, new)
         old.replace_all_uses_with(new.outputs[0])
         graph.remove(node, safe=True)

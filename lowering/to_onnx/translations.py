@@ -19,8 +19,10 @@ def translations() -> dict[Any, Callable[..., Any]]:
     """Operator -> a function that builds ONNX nodes for it, in opset 23."""
     import onnx
     import onnx_ir as ir
-    from onnxscript import opset23 as op
-    from onnxscript import values
+    from onnxscript import opset23, values
+
+    # Its functions are typed for eager evaluation; here they make nodes.
+    op: Any = opset23
 
     microsoft = values.Opset("com.microsoft", 1)
     marked = values.Opset(INT4_DOMAIN, 1)
@@ -77,7 +79,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     def matmul_nbits(
         x: Any, weight: Any, scale: Any, bias: Any, bits: int, block: int, k: int, n: int, accuracy: int
     ) -> Any:
-        made = values.Op(microsoft, "MatMulNBits", nbits)(
+        made: Any = values.Op(microsoft, "MatMulNBits", nbits)(
             x, weight, scale, None, None, bias, K=k, N=n, bits=bits, block_size=block, accuracy_level=accuracy
         )
         made.dtype = x.dtype
