@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="use only this many of the first layers")
     parser.add_argument("--windows", type=int, default=4, help="windows of 512 tokens for the perplexity")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each timing")
+    parser.add_argument("--only", choices=("canonical", "int8", "W4A16"), help="one of the three; fp32 is always there")
     options = parser.parse_args()
     with one_thread(), tempfile.TemporaryDirectory() as folder:
         _measure(options, Path(folder))
@@ -95,31 +96,19 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
     model, tokenizer = load_smollm2(layers=options.layers), load_tokenizer()
     windows = token_windows(tokenizer, read_text("evaluation"), LENGTH, options.windows)
     tokens, prompt = windows[:1], torch.tensor([tokenizer(PROMPT)["input_ids"]])
-    plain = {
-        f"plain, opset {opset or 'default'}": export_plain(model, folder / f"p{opset}.onnx", opset)
-        for opset in (None, 23)
-    }
     captured = gw.capture_causal_lm(model, 2 * LENGTH)
 
     canonical = gw.optimize(captured, progress=False)
     exact = export(canonical, folder, "canonical", "portable")
-    wanted, found = logits_of(canonical)(tokens), logits_of(exact)(tokens)
-    print(f"canonical: error {float((found - wanted).abs().max() / wanted.abs().max()):.1e} of the largest logit")
-    print(f"canonical: greedy tokens identical: {greedy(exact, prompt, 64) == greedy(canonical, prompt, 64)}")
-    runs = {name: lambda session=session: session.run({"input_ids": tokens}) for name, session in plain.items()}
-    times = interleaved(
-        {**runs, "canonical": fill(exact, tokens), "eager": fill(canonical, tokens)},
-        options.rounds,
-    )
-    print("prefill of 512:", {name: f"{seconds:.3f} s" for name, seconds in times.items()}, flush=True)
-    plain.clear()
-    runs.clear()
-
+    if options.only in (None, "canonical"):
+        _measure_canonical(model, canonical, exact, tokens, prompt, folder, options.rounds)
     methods = {
         "int8": (gw.Int8(), ("portable", "ort")),
         "W4A16": (gw.DartQuant(weights="rtn", rotate="never", activation_bits=16), ("portable", "ort")),
     }
     for name, (method, choices) in methods.items():
+        if options.only not in (None, name):
+            continue
         program = gw.optimize(captured, methods=[method], keep="smaller", progress=False)
         before = perplexity(logits_of(program), windows, progress=False)
         opened = {ops: export(program, folder, name, ops) for ops in choices}
@@ -134,6 +123,24 @@ def _measure(options: argparse.Namespace, folder: Path) -> None:
         for ops in choices:
             prefill, token = times["fp32"] / times[ops], decode["fp32"] / decode[ops]
             print(f"{name}, {ops}: prefill {prefill:.2f}x of fp32, decode {token:.2f}x", flush=True)
+
+
+def _measure_canonical(
+    model: nn.Module, canonical: gw.Program, exact: Any, tokens: Tensor, prompt: Tensor, folder: Path, rounds: int
+) -> None:
+    plain = {
+        f"plain, opset {opset or 'default'}": export_plain(model, folder / f"p{opset}.onnx", opset)
+        for opset in (None, 23)
+    }
+    wanted, found = logits_of(canonical)(tokens), logits_of(exact)(tokens)
+    print(f"canonical: error {float((found - wanted).abs().max() / wanted.abs().max()):.1e} of the largest logit")
+    print(f"canonical: greedy tokens identical: {greedy(exact, prompt, 64) == greedy(canonical, prompt, 64)}")
+    runs = {name: lambda session=session: session.run({"input_ids": tokens}) for name, session in plain.items()}
+    times = interleaved(
+        {**runs, "canonical": fill(exact, tokens), "eager": fill(canonical, tokens)},
+        rounds,
+    )
+    print("prefill of 512:", {name: f"{seconds:.3f} s" for name, seconds in times.items()}, flush=True)
 
 
 def export(program: gw.Program, folder: Path, name: str, ops: str) -> Any:

@@ -20,7 +20,7 @@ from ..errors import GraphwrightError, InvalidArgument
 from ..torch_private import load_package, pytree
 from .source import Source
 from .to_onnx.lower import Ops, plan
-from .to_onnx.quantized import INT4, INT8
+from .to_onnx.quantized import INT4
 
 TARGETS = (*(f"onnx {ops}" for ops in get_args(Ops)), "aoti")
 _FRESH_GRID = 8 / 127
@@ -98,7 +98,7 @@ def _agreement(target: str, found: Sequence[Any], expected: Sequence[Any], sourc
     tolerance = max(1024 * torch.finfo(wanted.dtype).eps for _, wanted in pairs if wanted.is_floating_point())
     if target == "onnx ort":
         choices = [choice for phase in source.phases.values() for choice in plan(phase.exported, "ort")]
-        anew = [c.lowering is not None and c.lowering.becomes in (INT4, INT8) for c in choices]
+        anew = [c.lowering is not None and c.lowering.becomes == INT4 for c in choices]
         rounded = any(new and c.operator != "int4_weight_linear" for new, c in zip(anew, choices, strict=True))
         tolerance = max(tolerance, _FRESH_GRID if rounded else 0.0)
     return Agreement(target, largest, largest / scale if scale else largest, tolerance)

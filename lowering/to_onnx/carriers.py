@@ -1,6 +1,7 @@
 """Operators that stand in a traced graph for ONNX operators that PyTorch has no twin of.
 
     graphwright_onnx::matmul_integer(a, b, zero)     MatMulInteger: uint8 [.., K] less its zero by int8 [K, N] to int32
+    graphwright_onnx::matmul_integer_to_float(..)    MatMulIntegerToFloat of com.microsoft: the same times a scale [N]
     graphwright_onnx::int4_values(packed, k, n)      Cast of a 4-bit initializer [K, N] to int8
     graphwright_onnx::int4_floats(packed, scale..)   DequantizeLinear of it, in blocks of rows, to float [K, N]
     graphwright_onnx::matmul_nbits(x, weight, ..)    MatMulNBits of com.microsoft
@@ -29,6 +30,17 @@ def matmul_integer(a: Tensor, b: Tensor, zero: int) -> Tensor:
 @matmul_integer.register_fake
 def _(a: Tensor, b: Tensor, zero: int) -> Tensor:
     return a.new_empty((*a.shape[:-1], b.shape[1]), dtype=torch.int32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::matmul_integer_to_float", mutates_args=())
+def matmul_integer_to_float(a: Tensor, b: Tensor, scale: Tensor, zero: int) -> Tensor:
+    """`matmul_integer` times a scale float32 [N], as float32 [..., N]: without a pass over the integers."""
+    return matmul_integer(a, b, zero).float() * scale
+
+
+@matmul_integer_to_float.register_fake
+def _(a: Tensor, b: Tensor, scale: Tensor, zero: int) -> Tensor:
+    return scale.new_empty((*a.shape[:-1], b.shape[1]))
 
 
 @torch.library.custom_op(f"{NAMESPACE}::int4_values", mutates_args=())

@@ -1,7 +1,7 @@
 """Quantized linears in ONNX: what stays integer there, and ONNX Runtime's own operators where they fit.
 
     int8_linear           portable   tokens rounded by standard operators, MatMulInteger, scales
-                          ort        MatMulNBits, 8 bits
+                          ort        the same, scaled as it is written: MatMulIntegerToFloat
     int4_weight_linear    portable   DequantizeLinear of a 4-bit weight in blocks, MatMul
                           ort        MatMulNBits, 4 bits
     int4_linear           portable   tokens rounded by standard operators, MatMulInteger with the 4-bit weight
@@ -28,7 +28,7 @@ from ..apply import Body, Rewrite, arguments_of
 from ..bodies.linear import int4_unpacked, nm_sparsify_body, on_grid
 from ..bodies.rotation import ROTATE, rotate, rotate_first
 from ..registry import Lowering, register
-from .carriers import int4_values, matmul_integer, pack_int4
+from .carriers import int4_values, matmul_integer, matmul_integer_to_float, pack_int4
 
 aten = torch.ops.aten
 _carriers = torch.ops.graphwright_onnx
@@ -39,13 +39,24 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def int8_body(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`int8_linear` with its integer product: x [..., K], weight int8 [N, K]."""
-    tokens = x.float()
-    step = (tokens.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(_TINY)
-    quantized = ((tokens / step).round() + ZERO).to(torch.uint8)
-    # A token with an infinity is all NaN, as the operator has it: its step says so.
-    step = step + (step - step)
+    quantized, step = _rounded_tokens(x)
     y = matmul_integer(quantized, weight.t(), ZERO).float() * scale * step
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def int8_fused_body(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same with ONNX Runtime's product that scales what it writes."""
+    quantized, step = _rounded_tokens(x)
+    y = matmul_integer_to_float(quantized, weight.t(), scale, ZERO) * step
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _rounded_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens as uint8 [..., K], `ZERO` added, and their steps [..., 1]."""
+    tokens = x.float()
+    step = (tokens.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(_TINY)
+    # A token with an infinity is all NaN, as the operator has it: its step says so.
+    return ((tokens / step).round() + ZERO).to(torch.uint8), step + (step - step)
 
 
 def nm_int8_body(
@@ -187,19 +198,6 @@ def _nbits_int4(edit: Edit, node: Node) -> Node:
     return _nbits(edit, node, x, weight, scale, a["bias"], 4, block, 4 if "bits" in a else 0)
 
 
-def _nbits_int8(edit: Edit, node: Node) -> Node:
-    a = arguments_of(node)
-    stored, per_channel = edit.constant(a["weight"]), edit.constant(a["scale"])
-    n, k = stored.shape
-    block = _block_of(k)
-    dtype, name = a["x"].meta["val"].dtype, edit.view.target(a["weight"])
-    weight = edit.buffer(f"{name}.nbits", lambda: (stored.short() + 128).to(torch.uint8).view(n, k // block, block))
-    scale = edit.buffer(
-        f"{name}.nbits_scale", lambda: per_channel[:, None].expand(n, k // block).to(dtype).contiguous()
-    )
-    return _nbits(edit, node, a["x"], weight, scale, a["bias"], 8, block, 4)
-
-
 def _nbits(
     edit: Edit, node: Node, x: Node, weight: Node, scale: Node, bias: Node | None, bits: int, block: int, accuracy: int
 ) -> Node:
@@ -214,11 +212,6 @@ def _as(edit: Edit, value: Node, dtype: torch.dtype, like: Node) -> Node:
     return value if same else edit.call(aten.to.dtype, value, dtype, like=like)
 
 
-def _block_of(k: int) -> int:
-    """The largest block that MatMulNBits takes and that divides K; 0 where none does."""
-    return next((block for block in (128, 64, 32, 16) if k % block == 0), 0)
-
-
 def _stored_only(node: Node, operator: Operator) -> str | None:
     """Packing anew needs the stored weight."""
     weight = arguments_of(node)["weight"]
@@ -231,14 +224,12 @@ def _nbits_takes(node: Node, operator: Operator) -> str | None:
         return reason
     if a["x"].meta["val"].dtype == torch.bfloat16:
         return "ONNX Runtime has no MatMulNBits of bfloat16"
-    if operator.name == "int8_linear" and not _block_of(int(a["weight"].meta["val"].shape[1])):
-        return f"{a['weight'].meta['val'].shape[1]} channels are no blocks of 16"
     if operator.name == "int4_linear" and a["bits"] != 8:
         return f"MatMulNBits rounds tokens to 8 bits, this call to {a['bits']}"
     return None
 
 
-INT8, INT4 = "MatMulNBits (com.microsoft), 8 bits", "MatMulNBits (com.microsoft), 4 bits"
+INT8, INT4 = "MatMulIntegerToFloat (com.microsoft) of rounded tokens", "MatMulNBits (com.microsoft), 4 bits"
 STORED = ("portable", "ort")
 """Where weights are stored tensors: the body of a function has them as inputs."""
 
@@ -246,7 +237,7 @@ _unpacked = Rewrite(rotate_first, {torch.ops.graphwright.int4_linear.default: in
 _packed = Rewrite(_portable_int4, {_carriers.int4_tokens.default: int4_tokens_body, **ROTATE})
 for _lowering in (
     Lowering("int8_linear", "onnx", "MatMulInteger of rounded tokens", Body(int8_body)),
-    Lowering("int8_linear", "onnx", INT8, Rewrite(_nbits_int8), _nbits_takes, 10, ("ort",)),
+    Lowering("int8_linear", "onnx", INT8, Body(int8_fused_body), priority=10, choices=("ort",)),
     Lowering("int4_linear", "onnx", "MatMulInteger, the weight unpacked when it runs", _unpacked, priority=-1),
     Lowering("int4_linear", "onnx", "MatMulInteger of a 4-bit weight", _packed, _stored_only, choices=STORED),
     Lowering("int4_linear", "onnx", INT4, Rewrite(_nbits_int4, ROTATE), _nbits_takes, 10, ("ort",)),

@@ -52,6 +52,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         ["A", "B", "scales", "zero_points?", "g_idx?", "bias?"],
         ["K", "N", "bits", "block_size", "accuracy_level"],
     )
+    to_float = schema("MatMulIntegerToFloat", "com.microsoft", ["A", "B", "a_scale", "b_scale", "a_zero_point"], [])
     dequantize = schema("Dequantize", INT4_DOMAIN, ["x", "scale"], ["k", "n"])
     cast = schema("Values", INT4_DOMAIN, ["x"], ["k", "n"])
 
@@ -75,6 +76,13 @@ def translations() -> dict[Any, Callable[..., Any]]:
         if not zero:
             return op.MatMulInteger(a, b)
         return op.MatMulInteger(a, b, op.Constant(value=onnx.helper.make_tensor("", _UINT8, [], [zero])))
+
+    def matmul_integer_to_float(a: Any, b: Any, scale: Any, zero: int) -> Any:
+        one = op.Constant(value_float=1.0)
+        at = op.Constant(value=onnx.helper.make_tensor("", _UINT8, [], [zero]))
+        made: Any = values.Op(microsoft, "MatMulIntegerToFloat", to_float)(a, b, one, scale, at)
+        made.dtype = ir.DataType.FLOAT
+        return made
 
     def matmul_nbits(
         x: Any, weight: Any, scale: Any, bias: Any, bits: int, block: int, k: int, n: int, accuracy: int
@@ -115,6 +123,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         aten.view.dtype: view_dtype,
         aten.index_copy.default: index_copy,
         carriers.matmul_integer.default: matmul_integer,
+        carriers.matmul_integer_to_float.default: matmul_integer_to_float,
         carriers.matmul_nbits.default: matmul_nbits,
         carriers.int4_values.default: int4_values,
         carriers.int4_floats.default: int4_floats,

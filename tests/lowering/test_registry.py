@@ -59,7 +59,7 @@ def test_the_highest_priority_that_validates_is_taken_and_the_others_say_why(own
 
 def test_lowerings_stand_for_their_choices_only():
     node = call_of("int8_linear")
-    assert "MatMulNBits" in choose(node, "onnx", "ort").lowering.becomes
+    assert "MatMulIntegerToFloat" in choose(node, "onnx", "ort").lowering.becomes
     assert "MatMulInteger" in choose(node, "onnx", "portable").lowering.becomes
 
 
