@@ -169,6 +169,31 @@ def graph(
 
 
 @app.command()
+def export(
+    program: Saved,
+    output: Annotated[Path, typer.Option("--output", "-o", help="What to write: .onnx, or .pt2 for AOTInductor.")],
+    ops: Annotated[str, typer.Option(help="Operators in ONNX: 'portable', 'ort' or 'function'.")] = "portable",
+    opset: Annotated[int, typer.Option(help="ONNX opset: 23 or 24.")] = 23,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Only say what each operator would become.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a saved program as files that run without graphwright."""
+    from .export import dry_run
+    from .inspection.printable import dump_json
+    from .program_file import load
+
+    if dry:
+        made = dry_run(load(program), output, ops)
+        print(dump_json(made)) if as_json else _console.print(made)
+        return
+    _check_writable(output)
+    options = {"ops": ops, "opset": opset} if output.suffix == ".onnx" else {}
+    files = load(program).export(output, **options)
+    sizes = {str(file): file.stat().st_size for file in files}
+    print(json.dumps(sizes) if as_json else "\n".join(f"{name}  {size / 1e6:.1f} MB" for name, size in sizes.items()))
+
+
+@app.command()
 def bench(
     which: Annotated[
         str,

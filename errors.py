@@ -35,5 +35,9 @@ class MissingKernel(GraphwrightError, NotImplementedError):
     """An operator has no implementation for the device, dtype or shape it was called with."""
 
 
+class UnsupportedLowering(GraphwrightError, NotImplementedError):
+    """A target cannot take an operator, a size or a dtype of a program; the message names it."""
+
+
 class MissingExtra(GraphwrightError, ImportError):
     """An optional package is not installed; the message has the pip command that brings it."""

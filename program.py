@@ -361,6 +361,26 @@ class Program:
 
         save(self, path)
 
+    def export(self, path: str | Path, **options: Any) -> list[Path]:
+        """Write files that run without graphwright's Python; the suffix says which.
+
+        Args:
+            path: `.onnx` for ONNX models, which `gw.load` opens; `.pt2` for AOTInductor packages.
+            options: The target's: `opset` (23 or 24) and `ops` ("portable", "ort" or "function") for ONNX.
+
+        Returns:
+            The files: one a phase, and what they share.
+
+        Raises:
+            InvalidArgument: An unknown suffix or option.
+            InvalidFile: The path cannot be written. What was there before is still there.
+            MissingExtra: The target's packages are not installed.
+            UnsupportedLowering: What the target cannot take, by name.
+        """
+        from .export import export
+
+        return export(self, path, **options)
+
     def _repr_html_(self) -> str:
         return self.report()._repr_html_()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from pydantic import ValidationError
 from torch import Tensor
 
 from .archive.container import Contents, read_archive, write_archive
-from .errors import InvalidFile
+from .errors import InvalidArgument, InvalidFile
 from .passes.base import discover
 from .passes.copy_exported import copy_exported
 from .passes.manager import PassRecord
@@ -20,6 +20,9 @@ from .phases import Phase, PhasePlan
 from .profiles.profile import Profile
 from .program import History, Program
 from .torch_private import pytree
+
+if TYPE_CHECKING:
+    from .lowering.to_onnx.program import OnnxProgram
 
 
 def save(program: Program, path: str | Path) -> None:
@@ -62,18 +65,36 @@ def save(program: Program, path: str | Path) -> None:
     write_archive(path, Contents(phases, documents, tensors))
 
 
-def load(path: str | Path) -> Program:
-    """Read a program that `Program.save` wrote.
+@overload
+def load(path: str | Path) -> Program: ...
+
+
+@overload
+def load(path: str | Path, *, provider: str, threads: int | None = None) -> OnnxProgram: ...
+
+
+def load(path: str | Path, *, provider: str = "", threads: int | None = None) -> Any:
+    """Read a program that `Program.save` wrote, or open one that `Program.export` wrote as ONNX.
 
     Args:
-        path: A `.gw` file.
+        path: A `.gw` or `.onnx` file; for the latter the result is an `OnnxProgram`, which is called in the same way.
+        provider: For ONNX, the execution provider that must run it; the CPU's by default.
+        threads: For ONNX, threads within an operator; by default torch's.
 
     Returns:
         The program; its weights are mapped from the file, so the file must stay as it is while the program is used.
 
     Raises:
         InvalidFile: The file is missing, foreign, truncated, or holds something that a program does not.
+        InvalidArgument: The provider is not there, or was given for a `.gw` file.
+        MissingExtra: onnxruntime is not installed.
     """
+    if Path(path).suffix == ".onnx":
+        from .lowering.to_onnx.program import load_onnx
+
+        return load_onnx(path, provider or "CPUExecutionProvider", threads)
+    if provider or threads is not None:
+        raise InvalidArgument(f"{path}: provider and threads are for .onnx files")
     discover()  # The graphs call graphwright's operators, which importing the passes registers.
     contents = read_archive(path)
     try:

@@ -5,6 +5,7 @@ Tested with torch 2.13; written for 2.11 to 2.13.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -12,8 +13,10 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._export.verifier import TrainingIRVerifier, Verifier
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import CallMethodKey, ConvertIntKey, DivideByKey, ShapeEnv
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy import functions as sympy_functions
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
@@ -27,12 +30,15 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "ShapeEnv",
+    "TorchDispatchMode",
     "TrainingIRVerifier",
     "ValueRanges",
     "Verifier",
+    "compile_package",
     "define_symbol",
     "enable_python_dispatcher",
     "int_oo",
+    "load_package",
     "new_fake_mode",
     "pytree",
     "symbol_facts",
@@ -67,3 +73,17 @@ def define_symbol(
         env.unbacked_symfloat_counter = max(env.unbacked_symfloat_counter, int(symbol.name[3:]) + 1)
     elif symbol.name.startswith("u"):
         env.unbacked_symint_counter = max(env.unbacked_symint_counter, int(symbol.name[1:]) + 1)
+
+
+def compile_package(program: ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    """Compile a program by AOTInductor into a package; inductor is imported here, since that takes seconds."""
+    from torch._inductor import aoti_compile_and_package
+
+    aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
+
+
+def load_package(path: Path) -> Any:
+    """Open a package that `compile_package` wrote."""
+    from torch._inductor import aoti_load_package
+
+    return aoti_load_package(str(path))

@@ -40,7 +40,8 @@ GROUP = 32
 """Tokens or channels of a group, and tokens of the tail, in KIVI's forms."""
 FORMS: dict[str, tuple[Form, Form]] = {"per_token": ("per_token", "per_token"), "kivi": ("per_channel", "per_group")}
 """Mode -> the forms of keys and of values."""
-_FLOOR = 1e-5
+FLOOR = 1e-5
+"""Least spread of a group."""
 
 
 class Planes(NamedTuple):
@@ -155,7 +156,7 @@ def quantize(x: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
     grouped, dim = _grouped(x.float(), packing)
     low, high = torch.aminmax(grouped, dim=dim, keepdim=True)
     most = 2**packing.bits - 1
-    scale = ((high - low).clamp_min(_FLOOR) / most).half()
+    scale = ((high - low).clamp_min(FLOOR) / most).half()
     low = low.half()
     codes = ((grouped - low.float()) / scale.float()).round_().clamp_(0, most).to(torch.uint8)
     steps = torch.stack((scale, low), -1).squeeze(dim - 1)

@@ -65,6 +65,10 @@ RIGHT = {
     "options": ("optimize", "mlp.pt2", "-m", HEAD, "--keep", "smaller", "--json", "--save-profile", "p", "-o", "a.gw"),
     "profile": ("optimize", "mlp.pt2", "--profile", "p", "--json", "-o", "b.gw"),
     "bisect": ("bisect", "mlp.gw", "--against", "mlp.pt2", "--tolerance", "0.5"),
+    "export": ("export", "mlp.gw", "-o", "mlp.onnx"),
+    "export as json": ("export", "mlp.gw", "-o", "mlp.onnx", "--ops", "function", "--opset", "24", "--json"),
+    "dry run": ("export", "mlp.gw", "-o", "mlp.onnx", "--dry-run", "--ops", "ort"),
+    "dry run as json": ("export", "mlp.gw", "-o", "mlp.engine", "--dry-run", "--json"),
     "diff of two": ("diff", "mlp.gw", "a.gw"),
     "diff of two as json": ("diff", "mlp.gw", "a.gw", "--json"),
     "diff of two graphs": ("diff", "mlp.gw", "a.gw", "--phase", "main"),
@@ -82,7 +86,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def printed(folder) -> dict[str, str]:
     """What each command of `RIGHT` printed."""
-    files = ("mlp.pt2", "mlp.gw", "a.gw", "b.gw", "p", "page.html", "mlp.dot")
+    files = ("mlp.pt2", "mlp.gw", "a.gw", "b.gw", "p", "page.html", "mlp.dot", "mlp.onnx")
     commands = {
         name: [str(folder / part) if part in files else part for part in parts] for name, parts in RIGHT.items()
     }
@@ -160,10 +164,24 @@ def test_the_page_and_graphs_are_written(folder, printed) -> None:
     assert (folder / "mlp.dot").read_text().startswith("digraph {")
 
 
+def test_export(folder, printed) -> None:
+    names = [line.split("  ")[0] for line in printed["export"].splitlines()]
+    assert names == [str(folder / "mlp.onnx"), str(folder / "mlp.onnx.data")]
+    assert list(json.loads(printed["export as json"])) == names
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(gw.load(folder / "mlp.onnx")(x), gw.load(folder / "mlp.gw")(x), rtol=1e-5, atol=1e-6)
+
+
+def test_dry_run_says_what_operators_become(printed) -> None:
+    assert "MatMulIntegerToFloat (com.microsoft)" in printed["dry run"]
+    (row,) = json.loads(printed["dry run as json"])["phases"]["main"]
+    assert row["becomes"].startswith("refused: graphwright has no TensorRT plugins")
+
+
 def test_methods_and_help_name_what_there_is(printed) -> None:
     assert "int8" in printed["methods"]
     assert "roles" in printed["methods"]
-    for command in ("inspect", "optimize", "report", "explain", "graph", "diff", "methods", "bench", "demo"):
+    for command in ("inspect", "optimize", "report", "explain", "graph", "export", "diff", "methods", "bench", "demo"):
         assert command in printed["help"]
 
 

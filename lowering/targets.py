@@ -1,0 +1,45 @@
+"""The targets by name, what each writes, and the packages that each needs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from ..errors import InvalidArgument, MissingExtra
+
+Target = Literal["eager", "aoti", "onnx", "tensorrt", "tensorrt_rtx"]
+
+SUFFIXES: dict[str, Target] = {".onnx": "onnx", ".pt2": "aoti", ".engine": "tensorrt"}
+"""Suffix of an exported file -> its target."""
+
+PACKAGES: dict[str, dict[str, str]] = {
+    "onnx": {"onnx": "onnx", "onnxscript": "onnx", "onnx_ir": "onnx"},
+    "tensorrt": {"torch_tensorrt": "tensorrt"},
+    "tensorrt_rtx": {"tensorrt_rtx": "tensorrt-rtx"},
+}
+"""Target -> the modules that it imports and the extra that brings each."""
+
+
+def target_of(path: str | Path) -> Target:
+    """The target that a file's suffix asks for.
+
+    Raises:
+        InvalidArgument: No target writes files with this suffix.
+    """
+    suffix = Path(path).suffix
+    if suffix not in SUFFIXES:
+        known = ", ".join(f"{known} ({target})" for known, target in SUFFIXES.items())
+        raise InvalidArgument(f"{path}: unknown suffix {suffix!r}; there are {known}")
+    return SUFFIXES[suffix]
+
+
+def require_packages(target: str) -> None:
+    """Check that a target's packages are installed.
+
+    Raises:
+        MissingExtra: Names the package and the pip command that brings it.
+    """
+    for module, extra in PACKAGES.get(target, {}).items():
+        if find_spec(module) is None:
+            raise MissingExtra(f"{target} needs {module}: pip install 'graphwright[{extra}]'")

@@ -1,0 +1,1 @@
+"""AOTInductor: a package of compiled code a phase."""

@@ -1,0 +1,1 @@
+"""ONNX: models on disk, and their run in ONNX Runtime."""
