@@ -33,7 +33,7 @@ from ..kernels.contract import Spec
 from ..kernels.window_cache import slots_for
 from ..patterns.attention_forms import SDPA
 from ..patterns.cache import CacheSite
-from ..patterns.graph import arguments, aten, dtype_of, shape_of
+from ..patterns.graph import arguments, aten, shape_of
 from ..patterns.masks import MaskFact, analyse_mask
 from .base import SitePass
 from .edit import Edit
@@ -82,7 +82,7 @@ class SplitCacheHeads(SitePass[CacheSite]):
             return "every head keeps the whole cache, there is nothing to split"
         if self.sinks < 0 or self.window < 1:
             return f"got {self.sinks} sinks and a window of {self.window}, expected at least 0 and 1"
-        slots = slots_for(self.sinks, self.window, dtype_of(site.key_buffer))
+        slots = slots_for(self.sinks, self.window, site.dtype)
         if slots >= site.length:
             return f"sinks, window and mean take {slots} slots, the whole cache {site.length}; give a smaller window"
         args = arguments(site.attention)
@@ -117,7 +117,7 @@ class SplitCacheHeads(SitePass[CacheSite]):
     def _wrong_operands(self, site: CacheSite, edit: Edit) -> str | None:
         args, starts = arguments(site.attention), _starts(site, edit)
         batch, heads, count, dim = shape_of(args["query"])
-        others, dtype = site.kv_heads - len(set(self.keep)), dtype_of(site.key_buffer)
+        others, dtype = site.kv_heads - len(set(self.keep)), site.dtype
         slots, tokens = slots_for(self.sinks, self.window, dtype), shape_of(site.new_key)[2]
         stores = [Spec((batch, others, slots, d), dtype) for d in (site.head_dim, site.value_head_dim)]
         news = [Spec((batch, others, tokens, store.shape[-1]), dtype) for store in stores]
@@ -125,7 +125,7 @@ class SplitCacheHeads(SitePass[CacheSite]):
         for store, new in zip(stores, news, strict=True):
             if (reason := window_cache_append.CONTRACT.check(store=store, new=new, **rest)) is not None:
                 return reason
-        query = Spec((batch, heads // site.kv_heads * others, count, dim), dtype_of(args["query"]))
+        query = Spec((batch, heads // site.kv_heads * others, count, dim), args["query"].meta["val"].dtype)
         if _mask(site, edit).slopes:
             rest["slopes"] = Spec((query.shape[1],), torch.float32)
         return window_cache_attention.CONTRACT.check(
@@ -170,7 +170,7 @@ class SplitCacheHeads(SitePass[CacheSite]):
         stores, news = [], []
         for name, buffer, _, new in _halves(site):
             batch, _, _, dim = shape_of(buffer)
-            slots = slots_for(self.sinks, self.window, dtype_of(buffer))
+            slots = slots_for(self.sinks, self.window, site.dtype)
             stores.append(_state(edit, f"{name}.window", (batch, len(heads), slots, dim), buffer))
             news.append(_select(edit, new, heads, node))
         if site.reads == "new":

@@ -12,12 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
 from .attention_forms import SDPA
 from .cache_writes import TOKENS, Layout, Write, cache_writes, what_is_written
-from .graph import CASTS, VIEWS, GraphView, Refusal, arguments, aten, dtype_of, is_call, same_size, shape_of
+from .graph import CASTS, VIEWS, GraphView, Refusal, arguments, aten, is_call, same_size, shape_of
 from .site import Found, Ordinals, Site
 
 
@@ -62,6 +63,11 @@ class CacheSite(Site):
         """The attention that the cache belongs to."""
         return self.node
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the buffers."""
+        return self.key_buffer.meta["val"].dtype
+
     def describe(self) -> dict[str, str]:
         """Facts for tables."""
         return {
@@ -73,7 +79,7 @@ class CacheSite(Site):
             "length": str(self.length) if self.length is not None else "grows",
             "key": self.key_name,
             "value": self.value_name,
-            "dtype": str(dtype_of(self.key_buffer)).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
 
 

@@ -30,7 +30,7 @@ from ..errors import InvalidArgument
 from ..kernels.window_cache import slots_for
 from ..passes.decision import Decision
 from ..patterns.cache import CacheSite
-from ..patterns.graph import dtype_of, shape_of
+from ..patterns.graph import shape_of
 from .alibi_reach import HeadReach, head_reach
 from .calibration import calibration_inputs
 from .method import Context, Method
@@ -131,7 +131,9 @@ class RazorAttention(Method):
             return score_heads(phase[name], sites, inputs, period, context.progress.step)
 
     def _decision(self, site: CacheSite, kept: Sequence[int] | None, reach: HeadReach | None) -> Decision:
-        decision = Decision(site=site.id, method=self.name, pass_name="split_cache_heads", facts=site.describe())
+        decision = Decision(
+            site=site.id, method=self.name, pass_name="split_cache_heads", facts=site.describe(), reason=""
+        )
         reason = ""
         if kept is None:
             reason = "the layer's cache was not found in every phase"
@@ -140,7 +142,7 @@ class RazorAttention(Method):
         elif len(set(kept)) == site.kv_heads:
             reason = "all heads of the layer are retrieval heads" if reach is None else self._all_far(site, reach)
         window = 0 if site.length is None else self.window_for(site.length)
-        slots = slots_for(self.sinks, window, dtype_of(site.key_buffer))
+        slots = slots_for(self.sinks, window, site.dtype)
         if not reason and slots >= site.length:  # pyright: ignore[reportOperatorIssue] (a length, or there is a reason)
             reason = (
                 f"sinks, window and mean take {slots} slots, the whole cache {site.length}; for short contexts give a"

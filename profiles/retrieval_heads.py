@@ -134,13 +134,13 @@ def mass_on_copies(query: Tensor, key: Tensor, period: int, scale: float | None 
     """
     count = query.shape[2]
     key = key[:, :, :count]
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     echo, induction = (torch.zeros(query.shape[1]) for _ in range(2))
     repeats = query.shape[1] // key.shape[1]
     for head in range(query.shape[1]):
         keys = key[:, head // repeats].float()
         for low in range(1 + period, count, ROWS):
-            rows = query[:, head, low : low + ROWS].float() * scale
+            rows = query[:, head, low : low + ROWS].float() * factor
             high = low + rows.shape[1]
             scores = rows @ keys[:, :high].mT
             later = torch.arange(high) > torch.arange(low, high)[:, None]
