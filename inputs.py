@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from .errors import InvalidArgument, InvalidType
-from .patterns.graph import GraphView, free_symbols
+from .patterns.graph import GraphView
+from .patterns.nodes import free_symbols
 from .torch_private import pytree
 
 

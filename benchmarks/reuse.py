@@ -26,7 +26,7 @@ from graphwright.kernels.collapsed_attention import collapsed_attention
 from graphwright.passes.base import SitePass
 from graphwright.passes.edit import Edit
 from graphwright.patterns.attention import AttentionSite
-from graphwright.patterns.graph import aten
+from graphwright.patterns.nodes import aten
 from graphwright.profiles.reuse_figures import ReuseByStep, channel_groups, reuse_figures
 from graphwright.profiles.search_budgets import (
     FULL,

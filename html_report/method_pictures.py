@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..kernels.block_lists import keep_of
 from ..passes.decision import Decision
-from ..patterns.graph import GraphView, NotEvaluable
+from ..patterns.graph import GraphView
+from ..patterns.nodes import NotEvaluable
 from .picture import Picture, picture
 from .png import png_address
 

@@ -14,7 +14,8 @@ from ..passes.copy_exported import copy_exported
 from ..passes.decision import Decision
 from ..passes.edit import Edit
 from ..patterns.find import find_sites
-from ..patterns.graph import GraphView, shape_of
+from ..patterns.graph import GraphView
+from ..patterns.nodes import shape_of
 from ..patterns.site import Site
 from ..patterns.text import graph_line
 

@@ -18,8 +18,9 @@ from torch.fx import Node
 
 from ..patterns.attention_forms import SDPA
 from ..patterns.cache import CacheSite, find_caches
-from ..patterns.graph import Refusal, arguments, aten, shape_of
+from ..patterns.graph import Refusal
 from ..patterns.masks import MaskFact, analyse_mask
+from ..patterns.nodes import arguments, aten, shape_of
 from .base import Pass, PassResult
 from .edit import Edit
 

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..errors import VerificationError
-from ..patterns.graph import aten
+from ..patterns.nodes import aten
 from ..torch_private import pytree
 from .edit import ASSERTS, Edit
 

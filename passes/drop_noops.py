@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.fx import Node
 
-from ..patterns.graph import RESHAPES, arguments, aten, dtype_of, first_tensor, is_call, same_shape, same_size, shape_of
+from ..patterns.nodes import RESHAPES, arguments, aten, dtype_of, first_tensor, is_call, same_shape, same_size, shape_of
 from .base import Pass, PassResult
 from .edit import ASSERTS, Edit
 

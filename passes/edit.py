@@ -28,7 +28,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..errors import VerificationError
-from ..patterns.graph import GraphView, aten, shape_of
+from ..patterns.graph import GraphView
+from ..patterns.nodes import aten, shape_of
 from ..torch_private import FakeTensorMode, enable_python_dispatcher
 from .change import Change, positions_of, redirect
 

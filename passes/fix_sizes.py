@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..errors import InvalidArgument, InvalidType
-from ..patterns.graph import concrete, free_symbols
+from ..patterns.nodes import concrete, free_symbols
 from ..torch_private import pytree
 from .base import Pass, PassResult
 from .edit import Edit

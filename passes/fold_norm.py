@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..patterns.flow import LINEAR
-from ..patterns.graph import arguments
+from ..patterns.nodes import arguments
 from ..patterns.norm import LAYER_NORM, RMS_NORM
 from ..patterns.residual import EMBEDDING, ResidualStream
 from .base import SitePass

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from ..patterns.graph import GraphView, Refusal, arguments, aten, is_call, shape_of
+from ..patterns.graph import GraphView, Refusal
+from ..patterns.nodes import arguments, aten, is_call, shape_of
 from ..patterns.token_stream import Part, TokenStream
 from .base import Pass, PassResult
 from .edit import Edit

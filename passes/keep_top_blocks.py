@@ -26,7 +26,7 @@ import torch
 from torch.fx import Node
 
 from ..patterns.attention import AttentionSite
-from ..patterns.graph import aten
+from ..patterns.nodes import aten
 from ..patterns.video import VideoLayout
 from .edit import Edit
 from .sparsify_attention import BlockLists, SparsifyAttention, grid_sizes, order_node

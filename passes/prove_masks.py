@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..patterns.attention_forms import SDPA
-from ..patterns.graph import arguments, is_call, shape_of
 from ..patterns.masks import analyse_mask
+from ..patterns.nodes import arguments, is_call, shape_of
 from .base import Pass, PassResult
 from .edit import Edit
 

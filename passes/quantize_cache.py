@@ -23,8 +23,8 @@ from ..kernels import cache_append, quantized_cache_attention
 from ..kernels.contract import Spec
 from ..kernels.packed_cache import FORMS, Packing
 from ..patterns.cache import CacheSite
-from ..patterns.graph import arguments, shape_of
 from ..patterns.masks import MaskFact, analyse_mask
+from ..patterns.nodes import arguments, shape_of
 from .base import SitePass
 from .edit import Edit
 

@@ -20,8 +20,8 @@ from torch.fx import Node
 
 from ..kernels import int8_linear
 from ..kernels.contract import Spec
-from ..patterns.graph import aten, dtype_of, is_call
 from ..patterns.linear import LinearSite
+from ..patterns.nodes import aten, dtype_of, is_call
 from .base import SitePass
 from .edit import Edit
 

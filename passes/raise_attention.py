@@ -15,8 +15,10 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from ..patterns.attention_forms import SDPA, AttentionForm, MaskTerm, Offset, Operand, match_attention
-from ..patterns.graph import RESHAPES, Refusal, arguments, aten, dtype_of, same_shape, shape_of
+from ..patterns.attention_forms import SDPA, AttentionForm, Operand, match_attention
+from ..patterns.attention_scores import MaskTerm, Offset
+from ..patterns.graph import Refusal
+from ..patterns.nodes import RESHAPES, arguments, aten, dtype_of, same_shape, shape_of
 from .base import Pass, PassResult
 from .edit import Edit
 

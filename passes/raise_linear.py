@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from torch.fx import Node
 
-from ..patterns.graph import RESHAPES, aten, is_call, same_shape, shape_of
+from ..patterns.nodes import RESHAPES, aten, is_call, same_shape, shape_of
 from .base import Pass, PassResult
 from .edit import Edit
 

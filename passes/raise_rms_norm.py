@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from ..patterns.graph import CASTS, Refusal, aten, dtype_of, is_call, scalar_of, shape_of, strip
+from ..patterns.graph import Refusal, scalar_of
+from ..patterns.nodes import CASTS, aten, dtype_of, is_call, shape_of, strip
 from .base import Pass, PassResult
 from .edit import Edit
 

@@ -25,7 +25,7 @@ import torch
 from ..kernels import collapsed_attention as collapsed
 from ..kernels.contract import Spec
 from ..patterns.attention import AttentionSite
-from ..patterns.graph import shape_of
+from ..patterns.nodes import shape_of
 from .base import SitePass
 from .edit import Edit
 from .snap_operands import Snap

@@ -22,7 +22,8 @@ from torch.fx import Node
 from ..kernels import hadamard
 from ..patterns.attention import AttentionSite
 from ..patterns.flow import LINEAR
-from ..patterns.graph import Refusal, arguments
+from ..patterns.graph import Refusal
+from ..patterns.nodes import arguments
 from ..patterns.value_path import ValuePath, find_value_path, new_operand, per_head
 from .base import SitePass
 from .edit import Edit

@@ -27,7 +27,7 @@ from torch.fx import Node
 from ..kernels import band_recall as _band_recall  # noqa: F401 (registers the operator)
 from ..kernels.head_patterns import head_patterns, row_names
 from ..patterns.attention import AttentionSite
-from ..patterns.graph import aten
+from ..patterns.nodes import aten
 from ..patterns.video import VideoLayout
 from .edit import Edit
 from .sparsify_attention import BlockLists, GridSizes, SparsifyAttention, grid_sizes

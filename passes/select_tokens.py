@@ -30,7 +30,7 @@ from torch.fx.node import map_arg
 
 from ..kernels import attention_lse as _attention  # (also registers the operator)
 from ..patterns.block_site import BlockSite
-from ..patterns.graph import RESHAPES, aten, dtype_of, same_size, shape_of
+from ..patterns.nodes import RESHAPES, aten, dtype_of, same_size, shape_of
 from ..patterns.token_axis import sizes_of
 from .base import SitePass
 from .edit import Edit

@@ -20,7 +20,7 @@ from torch.fx import Node
 from ..kernels import snap_tokens as kernel
 from ..kernels.contract import Spec
 from ..patterns.attention import AttentionSite
-from ..patterns.graph import aten
+from ..patterns.nodes import aten
 from ..patterns.video import VideoLayout
 from .edit import Edit
 

@@ -24,7 +24,8 @@ from ..kernels import block_sparse_attention as sparse
 from ..kernels.contract import Spec
 from ..kernels.token_order import token_order
 from ..patterns.attention import AttentionSite
-from ..patterns.graph import Refusal, aten, dtype_of
+from ..patterns.graph import Refusal
+from ..patterns.nodes import aten, dtype_of
 from ..patterns.video import VideoLayout, video_layout
 from .base import SitePass
 from .edit import Edit

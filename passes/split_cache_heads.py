@@ -33,8 +33,8 @@ from ..kernels.contract import Spec
 from ..kernels.window_cache import slots_for
 from ..patterns.attention_forms import SDPA
 from ..patterns.cache import CacheSite
-from ..patterns.graph import arguments, aten, shape_of
 from ..patterns.masks import MaskFact, analyse_mask
+from ..patterns.nodes import arguments, aten, shape_of
 from .base import SitePass
 from .edit import Edit
 from .quantize_cache import QuantizeCache

@@ -21,7 +21,8 @@ from torch.fx import Node
 
 from ..kernels import int4_linear, int4_weight_linear, int8_linear  # noqa: F401 (registers the operators)
 from ..kernels.int4_weights import ROWS
-from ..patterns.graph import GraphView, arguments, aten, shape_of
+from ..patterns.graph import GraphView
+from ..patterns.nodes import arguments, aten, shape_of
 from .base import Pass, PassResult
 from .edit import Edit
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..patterns.flow import LINEAR
-from ..patterns.graph import GraphView, Refusal, arguments, aten, is_call
+from ..patterns.graph import GraphView, Refusal
 from ..patterns.linear import LinearSite
+from ..patterns.nodes import arguments, aten, is_call
 from ..patterns.norm import LAYER_NORM, NormSite
 from ..patterns.residual import is_size_query, live_nodes
 from .base import SitePass

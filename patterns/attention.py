@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Literal
 from torch.fx import Node
 
 from .attention_forms import SDPA, SOFTMAX, match_attention
-from .graph import VIEWS, GraphView, Refusal, arguments, aten, dtype_of, is_call, is_size, same_size, shape_of
+from .graph import GraphView, Refusal
 from .masks import MaskFact, analyse_mask
+from .nodes import VIEWS, arguments, aten, dtype_of, is_call, is_size, same_size, shape_of
 from .site import Found, Ordinals, Site
 
 AttentionKind = Literal["self", "cross", "joint"]

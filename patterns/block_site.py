@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .attention import AttentionSite, find_attention
-from .graph import GraphView, Refusal, aten, is_call, is_size, same_shape, same_size, shape_of
+from .graph import GraphView, Refusal
+from .nodes import aten, is_call, is_size, same_shape, same_size, shape_of
 from .residual import live_nodes
 from .site import Found, Ordinals, Site
 from .token_axis import ALIKE, reader_dim, reads, sizes_of, values_read

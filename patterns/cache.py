@@ -18,7 +18,8 @@ from torch.fx import Node
 
 from .attention_forms import SDPA
 from .cache_writes import TOKENS, Layout, Write, cache_writes, what_is_written
-from .graph import CASTS, VIEWS, GraphView, Refusal, arguments, aten, is_call, same_size, shape_of
+from .graph import GraphView, Refusal
+from .nodes import CASTS, VIEWS, arguments, aten, is_call, same_size, shape_of
 from .site import Found, Ordinals, Site
 
 

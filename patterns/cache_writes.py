@@ -13,7 +13,8 @@ from typing import Literal
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
-from .graph import RESHAPES, GraphView, Refusal, arguments, aten, is_call, same_size, shape_of
+from .graph import GraphView, Refusal
+from .nodes import RESHAPES, arguments, aten, is_call, same_size, shape_of
 
 Layout = Literal["static", "growing"]
 

@@ -18,7 +18,8 @@ from torch.fx import Node
 
 from ..torch_private import OpOverload
 from .attention_forms import SDPA, SOFTMAX
-from .graph import CASTS, VIEWS, GraphView, aten, is_call, same_shape, shape_of
+from .graph import GraphView
+from .nodes import CASTS, VIEWS, aten, is_call, same_shape, shape_of
 
 LINEAR = aten.linear.default
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from .graph import RESHAPES, GraphView, aten, is_call, same_size, shape_of
+from .graph import GraphView
+from .nodes import RESHAPES, aten, is_call, same_size, shape_of
 
 
 @dataclass(frozen=True)

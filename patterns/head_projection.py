@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .flow import LINEAR
-from .graph import PARTS, VIEWS, GraphView, Refusal, arguments, is_call, shape_of
+from .graph import GraphView, Refusal
+from .nodes import PARTS, VIEWS, arguments, is_call, shape_of
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from typing import ClassVar
 from torch.fx import Node
 
 from .flow import LINEAR
-from .graph import CASTS, GraphView, Refusal, aten, dtype_of, is_call, shape_of
+from .graph import GraphView, Refusal
 from .linear_roles import Role, linear_roles
+from .nodes import CASTS, aten, dtype_of, is_call, shape_of
 from .site import Found, Ordinals, Site
 
 

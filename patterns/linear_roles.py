@@ -12,7 +12,8 @@ from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
 from .flow import LINEAR, MATRIX_PRODUCTS, Flow, Flows
-from .graph import CASTS, RESHAPES, GraphView, aten, is_call, strip
+from .graph import GraphView
+from .nodes import CASTS, RESHAPES, aten, is_call, strip
 
 Role = Literal["q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "head", "other"]
 

@@ -17,21 +17,10 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .graph import (
-    CASTS,
-    VIEWS,
-    GraphView,
-    NotEvaluable,
-    aten,
-    concrete,
-    describe,
-    dtype_of,
-    is_call,
-    same_size,
-    shape_of,
-)
+from .graph import GraphView
 from .mask_sizes import LOWEST, Unproved, constants_of, is_float, sizes_to_try
 from .mask_slopes import Slopes, no_slopes, split_slopes
+from .nodes import CASTS, VIEWS, NotEvaluable, aten, concrete, describe, dtype_of, is_call, same_size, shape_of
 
 _MOST_NODES = 400
 

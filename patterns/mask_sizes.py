@@ -15,7 +15,8 @@ from torch import SymInt, Tensor
 from torch.fx import Node
 
 from ..torch_private import pytree
-from .graph import GraphView, aten, concrete, dtype_of, free_symbols, is_call, shape_of
+from .graph import GraphView
+from .nodes import aten, concrete, dtype_of, free_symbols, is_call, shape_of
 
 Sizes = dict[Any, int]
 """Value of each size symbol."""

@@ -18,10 +18,11 @@ from torch import SymInt, Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .graph import GraphView, aten, is_call, same_size, shape_of
+from .graph import GraphView
 from .mask_samples import MaskSampler, Roles, Sample
 from .mask_sizes import Unproved, is_float
 from .mask_slopes import common_slopes
+from .nodes import aten, is_call, same_size, shape_of
 
 MaskKind = Literal[
     "none",

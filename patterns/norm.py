@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 import torch
 from torch.fx import Node
 
-from .graph import CASTS, GraphView, Refusal, arguments, aten, dtype_of, is_call, scalar_of, strip
+from .graph import GraphView, Refusal, scalar_of
+from .nodes import CASTS, arguments, aten, dtype_of, is_call, strip
 from .site import Found, Ordinals, Site
 
 RMS_NORM = aten.rms_norm.default

@@ -18,7 +18,8 @@ from typing import ClassVar, Literal
 from torch.fx import Node
 
 from .flow import LINEAR
-from .graph import CASTS, RESHAPES, GraphView, Refusal, arguments, aten, is_call, is_size, scalar_of, shape_of
+from .graph import GraphView, Refusal, scalar_of
+from .nodes import CASTS, RESHAPES, arguments, aten, is_call, is_size, shape_of
 from .norm import LAYER_NORM, RMS_NORM
 from .site import Found, Ordinals, Site
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .attention import AttentionSite
-from .graph import GraphView, NotEvaluable, Refusal, aten, is_call, is_size, same_size, shape_of
+from .graph import GraphView, Refusal
+from .nodes import NotEvaluable, aten, is_call, is_size, same_size, shape_of
 from .video import VideoLayout
 
 AXES = "thw"

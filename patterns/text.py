@@ -9,7 +9,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .graph import GraphView, is_size
+from .graph import GraphView
+from .nodes import is_size
 
 
 def graph_text(exported: ExportedProgram) -> list[str]:

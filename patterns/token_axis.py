@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from ..torch_private import pytree
 from .attention_forms import SDPA
-from .graph import CASTS, RESHAPES, arguments, aten, is_size, same_size
+from .nodes import CASTS, RESHAPES, arguments, aten, is_size, same_size
 
 
 class Read(NamedTuple):

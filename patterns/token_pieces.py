@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
-from .graph import arguments, aten, is_call, same_size
+from .nodes import arguments, aten, is_call, same_size
 from .token_axis import SPLITS, own_dim, sizes_of
 
 

@@ -16,7 +16,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention_forms import SDPA
-from .graph import GraphView, arguments, is_call, is_size, same_size
+from .graph import GraphView
+from .nodes import arguments, is_call, is_size, same_size
 from .token_axis import ALIKE, reads, sizes_of
 from .token_pieces import Piece, pieces
 

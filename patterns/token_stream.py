@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .graph import GraphView, arguments, aten, is_call
+from .graph import GraphView
+from .nodes import arguments, aten, is_call
 from .token_axis import Read, reader_dim, reads, sizes_of, unordered, values_read
 from .token_pieces import Piece, pieces
 

@@ -16,7 +16,8 @@ from torch.fx import Node
 
 from .attention import AttentionSite
 from .flow import LINEAR
-from .graph import RESHAPES, GraphView, Refusal, aten, is_call, shape_of
+from .graph import GraphView, Refusal
+from .nodes import RESHAPES, aten, is_call, shape_of
 from .residual import is_size_query, live_nodes
 
 _LAYOUT = RESHAPES | {aten.transpose.int, aten.permute.default, aten.clone.default, aten.contiguous.default}

@@ -18,8 +18,9 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .attention import AttentionSite
-from .graph import VIEWS, GraphView, Refusal, aten, is_call, same_shape, same_size, shape_of, strip
+from .graph import GraphView, Refusal
 from .grid import Grid, find_grid
+from .nodes import VIEWS, aten, is_call, same_shape, same_size, shape_of, strip
 from .token_runs import Run, token_runs
 
 

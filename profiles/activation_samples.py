@@ -18,7 +18,7 @@ from ..errors import InvalidArgument
 from ..kernels.int4_weights import dequantized, quantize_groups
 from ..kernels.int8_linear import quantize_per_channel
 from ..kernels.token_grid import quantize_tokens
-from ..patterns.graph import arguments, describe
+from ..patterns.nodes import arguments, describe
 from ..patterns.norm import LAYER_NORM
 from ..patterns.residual import ResidualStream
 from .walk import Handler, walk

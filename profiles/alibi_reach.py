@@ -37,9 +37,10 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from ..patterns.cache import CacheSite
-from ..patterns.graph import CASTS, GraphView, Refusal, arguments, shape_of, strip
+from ..patterns.graph import GraphView, Refusal
 from ..patterns.head_projection import HeadProjection, head_projection
 from ..patterns.masks import analyse_mask
+from ..patterns.nodes import CASTS, arguments, shape_of, strip
 from ..patterns.norm import NormSite, find_norms
 
 ALIBI = ("alibi", "cache_alibi")

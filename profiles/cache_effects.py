@@ -25,7 +25,7 @@ from torch.fx import Interpreter, Node
 from ..kernels.packed_cache import BITS, FORMS, round_trip
 from ..passes.dialects import graph_arguments
 from ..patterns.cache import CacheSite
-from ..patterns.graph import arguments
+from ..patterns.nodes import arguments
 from .cache_sensitivity import PAIRS, Sensitivity
 
 TOKENS = 512

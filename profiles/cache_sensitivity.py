@@ -21,7 +21,7 @@ from torch.fx import Node
 from ..kernels.packed_cache import BITS, FORMS, round_trip
 from ..passes.dialects import graph_arguments
 from ..patterns.cache import CacheSite
-from ..patterns.graph import arguments
+from ..patterns.nodes import arguments
 
 Pair = tuple[int, int]
 """Bits of keys and of values."""

@@ -22,8 +22,9 @@ from ..passes.decision import Decision
 from ..passes.edit import Edit
 from ..passes.rotate_heads import RotateHeads
 from ..patterns.attention import AttentionSite
-from ..patterns.graph import GraphView, Refusal, arguments
+from ..patterns.graph import GraphView, Refusal
 from ..patterns.linear import LinearSite
+from ..patterns.nodes import arguments
 from ..patterns.residual import ResidualStream
 from ..patterns.value_path import ValuePath, find_value_path, per_head
 from .activation_samples import FEWEST, Precision, output_error, sample_rows

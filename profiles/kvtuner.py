@@ -25,7 +25,7 @@ from ..errors import InvalidArgument
 from ..kernels.packed_cache import BITS, FORMS, Packing
 from ..passes.decision import Decision
 from ..patterns.cache import CacheSite
-from ..patterns.graph import shape_of
+from ..patterns.nodes import shape_of
 from .cache_effects import enough, measure_effects
 from .cache_groups import Group, group_layers, predicted_choices
 from .cache_sensitivity import Sensitivity, measure_sensitivity

@@ -22,7 +22,8 @@ from ..passes.copy_exported import copy_exported
 from ..passes.decision import Decision
 from ..passes.dialects import graph_arguments, run_functional, stored_value
 from ..passes.rewrite import apply_decisions
-from ..patterns.graph import GraphView, describe
+from ..patterns.graph import GraphView
+from ..patterns.nodes import describe
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from torch.fx import Node
 from torch.nn import functional
 
 from ..errors import InvalidArgument
-from ..patterns.graph import GraphView, aten, describe, is_call
+from ..patterns.graph import GraphView
 from ..patterns.linear import LinearSite
+from ..patterns.nodes import aten, describe, is_call
 from ..patterns.norm import LAYER_NORM, RMS_NORM
 from ..patterns.residual import keeps_rows
 from .cka import cka, gram, redundancy

@@ -30,7 +30,7 @@ from ..errors import InvalidArgument
 from ..kernels.window_cache import slots_for
 from ..passes.decision import Decision
 from ..patterns.cache import CacheSite
-from ..patterns.graph import shape_of
+from ..patterns.nodes import shape_of
 from .alibi_reach import HeadReach, head_reach
 from .calibration import calibration_inputs
 from .method import Context, Method

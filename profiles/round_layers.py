@@ -25,8 +25,8 @@ from torch.export import ExportedProgram
 from ..errors import InvalidArgument
 from ..kernels import hadamard
 from ..kernels.int4_weights import Int4, dequantized
-from ..patterns.graph import describe
 from ..patterns.linear import LinearSite
+from ..patterns.nodes import describe
 from .activation_samples import Precision, rounded_rows
 from .gptq import gptq
 from .walk import Handler, walk

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InvalidArgument
 from ..passes.dialects import graph_arguments
 from ..patterns.flow import LINEAR
-from ..patterns.graph import GraphView, is_call
+from ..patterns.graph import GraphView
+from ..patterns.nodes import is_call
 from .layer_rates import LARGEST_RANK
 
 SCALE = 2.0

@@ -18,8 +18,9 @@ from ..kernels.block_sparse_attention import dense_is_faster
 from ..passes.decision import Decision
 from ..patterns.attention import AttentionSite
 from ..patterns.find import Sites
-from ..patterns.graph import GraphView, Refusal, shape_of
+from ..patterns.graph import GraphView, Refusal
 from ..patterns.grid import find_grid
+from ..patterns.nodes import shape_of
 from ..patterns.steps import Schedule, StepRange
 from ..patterns.video import VideoLayout, video_layout
 from .method import Context, Method

@@ -10,7 +10,8 @@ from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.dialects import run_functional
 from graphwright.passes.fix_sizes import FixSizes
 from graphwright.passes.manager import PassManager
-from graphwright.patterns.graph import GraphView, free_symbols
+from graphwright.patterns.graph import GraphView
+from graphwright.patterns.nodes import free_symbols
 from tests.graph_text import operators
 from tests.models import CACHE, captured_llama, tokens
 

@@ -26,7 +26,8 @@ from graphwright.passes.hoist_order import HoistOrder
 from graphwright.passes.manager import PassManager, PassRecord
 from graphwright.passes.rewrite import apply_decisions
 from graphwright.patterns.attention import find_attention
-from graphwright.patterns.graph import GraphView, aten, dtype_of
+from graphwright.patterns.graph import GraphView
+from graphwright.patterns.nodes import aten, dtype_of
 from graphwright.patterns.video import VideoLayout, video_layout
 from tests.graph_text import check_text, functional, operators
 from tests.video_models import canonical

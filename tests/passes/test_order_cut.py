@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from graphwright.passes.order_cut import bytes_of, ordered_side, side_of
-from graphwright.patterns.graph import GraphView, arguments
+from graphwright.patterns.graph import GraphView
+from graphwright.patterns.nodes import arguments
 from graphwright.patterns.token_stream import Reader, TokenStream
 from tests.passes.test_hoist_order import small
 

@@ -18,7 +18,7 @@ from graphwright.passes.decision import Decision
 from graphwright.passes.edit import Edit
 from graphwright.passes.split_cache_heads import SplitCacheHeads
 from graphwright.patterns.cache import find_caches
-from graphwright.patterns.graph import aten
+from graphwright.patterns.nodes import aten
 from graphwright.prepare import Prepared, prepare
 from graphwright.profiles.profile import Profile, fingerprint
 from tests.graph_text import check_text

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from graphwright.patterns.graph import GraphView, arguments, aten, is_call, shape_of
+from graphwright.patterns.graph import GraphView
 from graphwright.patterns.masks import MaskFact, analyse_mask
+from graphwright.patterns.nodes import arguments, aten, is_call, shape_of
 
 LOWEST = torch.finfo(torch.float32).min
 MOST = 255

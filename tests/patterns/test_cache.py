@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from graphwright.passes.canonicalize import canonicalize
 from graphwright.patterns.cache import CacheSite, find_caches
-from graphwright.patterns.graph import GraphView, shape_of
+from graphwright.patterns.graph import GraphView
 from graphwright.patterns.linear import find_linears
+from graphwright.patterns.nodes import shape_of
 from graphwright.patterns.site import Found
 
 LENGTH, LAYERS, KV_HEADS, SIZE = 32, 2, 2, 16

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 from torch.nn import functional as F
 
-from graphwright.patterns.graph import GraphView, Refusal, arguments, aten, is_call
+from graphwright.patterns.graph import GraphView, Refusal
 from graphwright.patterns.head_projection import HeadProjection, head_projection
+from graphwright.patterns.nodes import arguments, aten, is_call
 
 WIDTH, HEADS, SIZE = 32, 4, 8
 

@@ -16,7 +16,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from graphwright.kernels import int8_linear  # noqa: F401 (registers the operator)
-from graphwright.patterns.graph import GraphView, is_call, shape_of
+from graphwright.patterns.graph import GraphView
+from graphwright.patterns.nodes import is_call, shape_of
 from graphwright.patterns.token_axis import ALIKE, Read, reader_dim, reads, sizes_of, unordered
 from graphwright.patterns.token_pieces import Piece, pieces
 from graphwright.patterns.token_runs import token_runs

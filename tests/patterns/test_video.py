@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graphwright.patterns.attention import AttentionSite, find_attention
-from graphwright.patterns.graph import GraphView, Refusal, shape_of
+from graphwright.patterns.graph import GraphView, Refusal
+from graphwright.patterns.nodes import shape_of
 from graphwright.patterns.video import VideoLayout, video_layout
 from tests.graph_text import functional
 from tests.video_models import GRID, canonical

@@ -13,7 +13,8 @@ from torch import Tensor
 import graphwright as gw
 from graphwright.passes.copy_exported import copy_exported
 from graphwright.patterns.cache import find_caches
-from graphwright.patterns.graph import GraphView, arguments
+from graphwright.patterns.graph import GraphView
+from graphwright.patterns.nodes import arguments
 from graphwright.prepare import Prepared, prepare
 from graphwright.profiles.alibi_reach import HeadReach, head_reach, logit_bound
 from graphwright.profiles.walk import walk
