@@ -15,6 +15,59 @@ from .patterns.nodes import free_symbols
 from .torch_private import pytree
 
 
+def bind(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name; which are missing is not looked at, see `require_all`.
+
+    Raises:
+        InvalidType: Too many, one twice, or a name that there is not.
+    """
+    known = f"the inputs are {', '.join(names)}"
+    if len(args) > len(names):
+        raise InvalidType(f"takes {len(names)} inputs ({', '.join(names)}), got {len(args)}")
+    bound = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        if name in bound:
+            raise InvalidType(f"got two values for {name!r}")
+        if name not in names:
+            raise InvalidType(f"there is no input {name!r}; {known}")
+        bound[name] = value
+    return bound
+
+
+def require_all(
+    bound: dict[str, Any], names: Sequence[str], facts: Mapping[str, Any], device: torch.device | str = "cpu"
+) -> None:
+    """Add what may be left out: without `starts` no sequence of a language model is padded.
+
+    Raises:
+        InvalidType: An input is missing.
+    """
+    if "starts" in names and "max_cache_len" in facts and "starts" not in bound:
+        bound["starts"] = torch.zeros(facts["batch_size"], dtype=torch.int64, device=device)
+    missing = [name for name in names if name not in bound]
+    if missing:
+        raise InvalidType(f"missing input {missing[0]!r}; the inputs are {', '.join(names)}")
+
+
+def check_cache_inputs(bound: Mapping[str, Any], length: int) -> None:
+    """Refuse positions and starts that a cache of some length does not hold; tensors on a GPU are not read.
+
+    Raises:
+        InvalidArgument: They lie outside, or positions are not consecutive.
+    """
+    positions, starts = bound.get("cache_position"), bound.get("starts")
+    if isinstance(positions, Tensor) and positions.device.type == "cpu" and len(positions):
+        first, last, count = int(positions[0]), int(positions[-1]), positions.shape[0]
+        if last - first != count - 1 or (count > 2 and not bool((positions.diff() == 1).all())):
+            raise InvalidArgument(f"cache_position must be consecutive, got {first} to {last} for {count} tokens")
+        if first < 0 or last >= length:
+            raise InvalidArgument(f"positions {first} to {last} do not fit the captured cache of {length}")
+    if not isinstance(starts, Tensor) or starts.device.type != "cpu":
+        return
+    if any(not 0 <= start < length for start in starts.tolist()):
+        raise InvalidArgument(f"starts {starts.tolist()} do not lie in the captured cache of {length} positions")
+
+
 class CallSignature:
     """What one phase takes and returns.
 
@@ -49,8 +102,7 @@ class CallSignature:
         for node, expected, value in zip(self._inputs, self._values, flat, strict=True):
             self._check(node.name, expected, value, sizes)
         if self._cache_length is not None and "cache_position" in bound:
-            self._check_positions(bound["cache_position"])
-            self._check_starts(bound.get("starts"))
+            check_cache_inputs(bound, self._cache_length)
         return flat
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
@@ -82,23 +134,6 @@ class CallSignature:
         limits = self._ranges.get(symbol)
         if limits is not None and not limits.lower <= actual <= limits.upper:
             raise InvalidType(f"dimension {dim} of {name} is {actual}, captured for {limits.lower} to {limits.upper}")
-
-    def _check_positions(self, positions: Any) -> None:
-        if not isinstance(positions, Tensor) or positions.device.type != "cpu":
-            return
-        first, last, count = int(positions[0]), int(positions[-1]), positions.shape[0]
-        if last - first != count - 1 or (count > 2 and not bool((positions.diff() == 1).all())):
-            raise InvalidArgument(f"cache_position must be consecutive, got {first} to {last} for {count} tokens")
-        if first < 0 or last >= self._cache_length:  # pyright: ignore[reportOperatorIssue]
-            raise InvalidArgument(f"positions {first} to {last} do not fit the captured cache of {self._cache_length}")
-
-    def _check_starts(self, starts: Any) -> None:
-        if not isinstance(starts, Tensor) or starts.device.type != "cpu":
-            return
-        if any(not 0 <= start < self._cache_length for start in starts.tolist()):  # pyright: ignore[reportOperatorIssue]
-            raise InvalidArgument(
-                f"starts {starts.tolist()} do not lie in the captured cache of {self._cache_length} positions"
-            )
 
 
 def _is_argument(view: GraphView, node: torch.fx.Node) -> bool:

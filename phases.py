@@ -6,7 +6,7 @@ A `Condition` is data, so that a saved program dispatches without running code f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -108,6 +108,20 @@ def plan_steps(timestep: str, ranges: Sequence[StepRange]) -> tuple[PhasePlan, .
         )
         for step in ranges
     )
+
+
+def plan_for(plans: Iterable[PhasePlan], bound: Mapping[str, Any]) -> PhasePlan:
+    """The first plan whose conditions hold for the arguments of a call.
+
+    Raises:
+        InvalidArgument: None does; it says when each would.
+    """
+    plans = list(plans)
+    for plan in plans:
+        if all(condition.holds(bound) for condition in plan.conditions):
+            return plan
+    when = (f"{plan.name} if {' and '.join(map(str, plan.conditions)) or 'nothing else'}" for plan in plans)
+    raise InvalidArgument(f"no phase takes these inputs: {'; '.join(when)}")
 
 
 @dataclass

@@ -16,15 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InvalidArgument, InvalidType
 from .generation import Sampling, generate
-from .inputs import CallSignature
+from .inputs import CallSignature, bind, require_all
 from .lowering.eager import lower_eager
 from .passes.decision import Decision
 from .passes.manager import PassRecord
 from .patterns.find import Sites, find_sites
 from .patterns.graph import GraphView
-from .phases import Phase, device_of, move_phases, state_of
+from .phases import Phase, device_of, move_phases, plan_for, state_of
 from .profiles.profile import Profile
 from .program_module import ProgramModule
 from .prompts import Prompts
@@ -108,39 +107,10 @@ class Program:
         Raises:
             InvalidType, InvalidArgument: As a call.
         """
-        bound = self._bind(args, kwargs)
-        phase = self._phase_for(bound)
-        return bound, phase.name, self._signatures[phase.name].flatten(bound)
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        if len(args) > len(self.inputs):
-            raise InvalidType(f"takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(args)}")
-        bound = dict(zip(self.inputs, args, strict=False))
-        for name, value in kwargs.items():
-            if name in bound:
-                raise InvalidType(f"got two values for {name!r}")
-            if name not in self.inputs:
-                raise InvalidType(f"there is no input {name!r}; the inputs are {', '.join(self.inputs)}")
-            bound[name] = value
-        if "starts" in self.inputs and self.kind == "causal_lm" and "input_ids" in bound:
-            # Without it no sequence is padded.
-            bound.setdefault("starts", torch.zeros(self.facts["batch_size"], dtype=torch.int64, device=self.device))
-        missing = [name for name in self.inputs if name not in bound]
-        if missing:
-            raise InvalidType(f"missing input {missing[0]!r}; the inputs are {', '.join(self.inputs)}")
-        return bound
-
-    def _phase_for(self, bound: dict[str, Any]) -> Phase:
-        for phase in self.phases.values():
-            if all(condition.holds(bound) for condition in phase.plan.conditions):
-                return phase
-        raise InvalidArgument(f"no phase takes these inputs: {self._conditions()}")
-
-    def _conditions(self) -> str:
-        return "; ".join(
-            f"{phase.name} if {' and '.join(map(str, phase.plan.conditions)) or 'nothing else'}"
-            for phase in self.phases.values()
-        )
+        bound = bind(self.inputs, args, kwargs)
+        require_all(bound, self.inputs, self.facts, self.device)
+        phase = plan_for((phase.plan for phase in self.phases.values()), bound).name
+        return bound, phase, self._signatures[phase].flatten(bound)
 
     def _run(self, phase: str) -> Any:
         if phase not in self._lowered:

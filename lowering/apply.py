@@ -83,10 +83,3 @@ def apply(
     if rewritten:
         edit.finish()
     return exported.run_decompositions(bodies) if bodies else exported
-
-
-def arguments_of(node: Node) -> dict[str, Any]:
-    """A call's arguments by the names of its operator's schema, defaults included."""
-    schema = node.target._schema.arguments  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
-    given = dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
-    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import GraphwrightError, InvalidArgument
+from ..inputs import bind, require_all
+from ..phases import plan_for
 from ..torch_private import load_package, pytree
 from .source import Source
 from .to_onnx.lower import Ops, plan
@@ -118,9 +120,9 @@ class _Packages:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the phase that takes these inputs."""
-        bound = dict(zip(self._source.inputs, args, strict=False)) | kwargs
-        phases = self._source.phases.values()
-        name = next(p.name for p in phases if all(condition.holds(bound) for condition in p.plan.conditions))
+        bound = bind(self._source.inputs, args, kwargs)
+        require_all(bound, self._source.inputs, self._source.facts)
+        name = plan_for((phase.plan for phase in self._source.phases.values()), bound).name
         interface = self._interfaces[name]
         flat = pytree.tree_leaves([bound[key] for key in self._source.inputs])
         state = [self._state[key] for key in interface.state]

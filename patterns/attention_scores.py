@@ -1,6 +1,6 @@
-"""The scores of an eager attention: back from the softmax over masks, offsets and factors to the product of query and key.
+"""The scores of an eager attention: from the softmax back over mask, offset and factors to the product of the two.
 
-    softmax(where(keep, scale * (offset + alpha * query @ key^T), fill) + mask)
+    softmax(offset + scale * query @ key^T + mask)      softmax(where(keep, offset + scale * query @ key^T, fill))
 
 Terms may come in any order that leaves one mask, one offset and one factor; anything else is refused by name.
 """

@@ -132,7 +132,7 @@ def test_an_opened_model_is_called_like_the_program(program, path):
         (lambda opened: opened(), "missing input 'x'"),
         (lambda opened: opened(X, X), r"takes 1 inputs \(x\), got 2"),
         (lambda opened: opened(X, x=X), "two values for 'x'"),
-        (lambda opened: opened(y=X), "there is no 'y'; the inputs are x"),
+        (lambda opened: opened(y=X), "there is no input 'y'; the inputs are x"),
         (lambda opened: opened(X.double()), r"x must be float32\[4, 32\], got float64\[4, 32\]"),
         (lambda opened: opened(X[:2]), r"x must be float32\[4, 32\], got float32\[2, 32\]"),
         (lambda opened: opened([1.0]), "x must be a tensor|hold"),

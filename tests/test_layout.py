@@ -16,7 +16,7 @@ FLOORS = {  # what each folder may import, beside itself and GROUND
     "kernels": set(),
     "patterns": set(),
     "passes": {"kernels", "patterns"},
-    "lowering": {"archive", "kernels", "passes", "phases"},
+    "lowering": {"archive", "inputs", "kernels", "passes", "patterns", "phases"},
     "profiles": {"kernels", "passes", "patterns"},
     "html_report": {"kernels", "passes", "patterns", "program"},
     "inspection": {"build", "capture", "passes", "patterns", "prepare", "profiles", "program"},

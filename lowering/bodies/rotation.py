@@ -16,7 +16,7 @@ from ...kernels import int4_linear as _int4_linear  # noqa: F401 (registers the 
 from ...kernels.contract import Operator
 from ...kernels.hadamard import orders, signs
 from ...passes.edit import Edit
-from ..apply import arguments_of
+from ...patterns.nodes import arguments
 
 
 @torch.library.custom_op("graphwright_body::rotate", mutates_args=())
@@ -48,12 +48,12 @@ def rotate(edit: Edit, x: Node, like: Node) -> Node:
 
 def rotate_call(edit: Edit, node: Node) -> Node:
     """`hadamard`, as `Rewrite` wants it."""
-    return rotate(edit, arguments_of(node)["x"], node)
+    return rotate(edit, arguments(node)["x"], node)
 
 
 def rotate_first(edit: Edit, node: Node) -> Node:
     """`int4_linear` whose rotation is an operation of its own."""
-    a = arguments_of(node)
+    a = arguments(node)
     if a["hadamard"]:
         a |= {"x": rotate(edit, a["x"], node), "hadamard": False}
     return edit.call(torch.ops.graphwright.int4_linear.default, *a.values(), like=node)
@@ -61,7 +61,7 @@ def rotate_first(edit: Edit, node: Node) -> Node:
 
 def known_width(node: Node, operator: Operator) -> str | None:
     """The validator: the factors are chosen by the size."""
-    width = arguments_of(node)["x"].meta["val"].shape[-1]
+    width = arguments(node)["x"].meta["val"].shape[-1]
     return None if isinstance(width, int) else f"the rotated size {width} is not known before it runs"
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
-from ..apply import Keep, arguments_of
+from ...patterns.nodes import arguments
+from ..apply import Keep
 from ..registry import Choice, Lowering, choose, name_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def as_functions(nodes: Iterable[Node]) -> list[Choice]:
 
 def _constant_arguments(node: Node) -> str | None:
     """Why a call cannot be a node: attributes are constants."""
-    for name, value in arguments_of(node).items():
+    for name, value in arguments(node).items():
         parts = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(part, Node) and not isinstance(part.meta.get("val"), Tensor) for part in parts):
             return f"its {name} is known when it runs only"
@@ -152,7 +153,7 @@ def _key(call: Node) -> str:
         fake = value.meta["val"]
         return f"{fake.dtype}{[size if isinstance(size, int) else '?' for size in fake.shape]}"
 
-    return str({name: told(value) for name, value in arguments_of(call).items()})
+    return str({name: told(value) for name, value in arguments(call).items()})
 
 
 class _Call(nn.Module):
@@ -168,7 +169,7 @@ class _Call(nn.Module):
 
 def _program_of(call: Node) -> ExportedProgram:
     """The call alone, its tensors inputs, with the sizes dynamic that are so."""
-    given = arguments_of(call)
+    given = arguments(call)
     tensors = {name: value.meta["val"] for name, value in given.items() if isinstance(value, Node)}
     constants = {name: value for name, value in given.items() if name not in tensors}
     examples = tuple(
@@ -188,7 +189,7 @@ def _function(call: Node, node: ir.Node, overload: str, model: ir.Model) -> ir.F
     import onnx_ir as ir
 
     graph = model.graph
-    given = arguments_of(call)
+    given = arguments(call)
     named = [name for name, argument in zip(given, call.target._schema.arguments, strict=True) if _is_tensor(argument)]  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
     taken = iter(list(graph.inputs))
     inputs = [next(taken) if isinstance(given[name], Node) else ir.Value(name=name) for name in named]

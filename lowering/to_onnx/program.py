@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...archive.signature import read_call
-from ...errors import GraphwrightError, InvalidArgument, InvalidFile, InvalidType
-from ...phases import PhasePlan
+from ...errors import GraphwrightError, InvalidFile, InvalidType
+from ...inputs import bind, check_cache_inputs, require_all
+from ...phases import PhasePlan, plan_for
 from ...torch_private import pytree
 from .session import DTYPES, OrtSession, State
 from .write import KEY, state_file
@@ -81,8 +82,11 @@ class OnnxProgram:
             InvalidType: The arguments do not fit.
             InvalidArgument: No phase takes them, or they go beyond the captured cache.
         """
-        bound = self._bind(args, kwargs)
-        session = self.session(self._phase_for(bound))
+        bound = bind(self.inputs, args, kwargs)
+        require_all(bound, self.inputs, self.facts)
+        if "max_cache_len" in self.facts:
+            check_cache_inputs(bound, self.facts["max_cache_len"])
+        session = self.session(plan_for(self.plans, bound).name)
         flat = pytree.tree_leaves([bound[name] for name in self.inputs])
         users = [name for name in session.inputs if not name.startswith("past.")]
         if len(flat) <= max(self._leaves, default=-1):
@@ -100,37 +104,6 @@ class OnnxProgram:
     def reset(self) -> None:
         """Set all state back to what it was at capture: an empty cache."""
         self.state.reset()
-
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        if len(args) > len(self.inputs):
-            raise InvalidType(f"takes {len(self.inputs)} inputs ({', '.join(self.inputs)}), got {len(args)}")
-        bound = dict(zip(self.inputs, args, strict=False))
-        for name, value in kwargs.items():
-            if name in bound or name not in self.inputs:
-                known = f"the inputs are {', '.join(self.inputs)}"
-                raise InvalidType(f"got two values for {name!r}" if name in bound else f"there is no {name!r}; {known}")
-            bound[name] = value
-        if self.kind == "causal_lm":
-            if "starts" in self.inputs:
-                bound.setdefault("starts", torch.zeros(self.facts["batch_size"], dtype=torch.int64))
-            self._check_positions(bound.get("cache_position"))
-        missing = [name for name in self.inputs if name not in bound]
-        if missing:
-            raise InvalidType(f"missing input {missing[0]!r}; the inputs are {', '.join(self.inputs)}")
-        return bound
-
-    def _check_positions(self, positions: Any) -> None:
-        length = self.facts.get("max_cache_len")
-        if isinstance(positions, Tensor) and positions.numel() and length is not None:
-            first, last = int(positions[0]), int(positions[-1])
-            if first < 0 or last >= length or last - first != len(positions) - 1:
-                raise InvalidArgument(f"positions {first} to {last} do not fit the captured cache of {length}")
-
-    def _phase_for(self, bound: dict[str, Any]) -> str:
-        for plan in self.plans:
-            if all(condition.holds(bound) for condition in plan.conditions):
-                return plan.name
-        raise InvalidArgument(f"no phase takes these inputs; there are {', '.join(plan.name for plan in self.plans)}")
 
 
 def _filled(session: OrtSession, name: str, value: Any) -> Tensor:

@@ -24,7 +24,8 @@ from torch.fx import Node
 from ...kernels.contract import Operator
 from ...kernels.int4_weights import unpack
 from ...passes.edit import Edit
-from ..apply import Body, Rewrite, arguments_of
+from ...patterns.nodes import arguments
+from ..apply import Body, Rewrite
 from ..bodies.linear import int4_unpacked, nm_sparsify_body, on_grid
 from ..bodies.rotation import ROTATE, rotate, rotate_first
 from ..registry import Lowering, register
@@ -139,7 +140,7 @@ def _(
 
 
 def _portable_int4(edit: Edit, node: Node) -> Node:
-    a = arguments_of(node)
+    a = arguments(node)
     (_, n), packed = _int4_buffer(edit, a)
     name, steps = edit.view.target(a["weight"]), edit.constant(a["steps"])
     by_group = edit.buffer(f"{name}.onnx_steps", lambda: steps[:, None, :n].contiguous())
@@ -152,7 +153,7 @@ def _portable_int4(edit: Edit, node: Node) -> Node:
 
 
 def _portable_int4_weight(edit: Edit, node: Node) -> Node:
-    a = arguments_of(node)
+    a = arguments(node)
     (k, n), packed = _int4_buffer(edit, a)
     dtype = a["x"].meta["val"].dtype
     name = edit.view.target(a["weight"])
@@ -183,7 +184,7 @@ def _block_scale(edit: Edit, a: dict[str, Any], n: int) -> Tensor:
 
 
 def _nbits_int4(edit: Edit, node: Node) -> Node:
-    a = arguments_of(node)
+    a = arguments(node)
     dtype, name = a["x"].meta["val"].dtype, edit.view.target(a["weight"])
     k, n = edit.constant(a["weight"]).shape[1], edit.constant(a["scale"]).shape[0]
     block = k // edit.constant(a["steps"]).shape[0]
@@ -214,12 +215,12 @@ def _as(edit: Edit, value: Node, dtype: torch.dtype, like: Node) -> Node:
 
 def _stored_only(node: Node, operator: Operator) -> str | None:
     """Packing anew needs the stored weight."""
-    weight = arguments_of(node)["weight"]
+    weight = arguments(node)["weight"]
     return None if weight.op == "placeholder" else f"its weight is computed by {weight.name}, not stored"
 
 
 def _nbits_takes(node: Node, operator: Operator) -> str | None:
-    a = arguments_of(node)
+    a = arguments(node)
     if (reason := _stored_only(node, operator)) is not None:
         return reason
     if a["x"].meta["val"].dtype == torch.bfloat16:
