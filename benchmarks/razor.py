@@ -29,7 +29,7 @@ from graphwright.kernels.window_cache import slots_for
 from graphwright.kernels.window_cache_append import append
 from graphwright.lowering.eager import lower_eager
 from graphwright.profiles.decode_loss import decode_loss
-from graphwright.profiles.razor import SHORT, choose_heads
+from graphwright.profiles.razor import SHORT_CONTEXT, choose_heads
 from graphwright.profiles.retrieval_heads import HeadScores
 
 Heads = tuple[tuple[int, ...], ...]
@@ -54,7 +54,7 @@ class Study:
         self.captured = gw.capture_causal_lm(load_smollm2(layers=layers), max_cache_len=length, logits_to_keep=1)
         self.canonical = gw.optimize(self.captured, progress=False)
         started = time.perf_counter()
-        razored = self.program(SHORT)
+        razored = self.program(SHORT_CONTEXT)
         record = razored.profile.measured["razor"]
         self.scores = [
             HeadScores(str(layer), tuple(induction), tuple(echo))
@@ -90,10 +90,11 @@ class Study:
 
     def passkey(self, draws: int) -> None:
         """The method, its parts left out, and others of equal bytes."""
-        kept = {"window": SHORT["window"], "ratio": SHORT["ratio"]}
-        heads = self.heads(SHORT["induction"], SHORT["echo"])
+        kept = {"window": SHORT_CONTEXT["window"], "ratio": SHORT_CONTEXT["ratio"]}
+        heads = self.heads(SHORT_CONTEXT["induction"], SHORT_CONTEXT["echo"])
         count, all_heads = sum(map(len, heads)), sum(len(score.induction) for score in self.scores)
-        equal = slots_for(4, SHORT["window"], torch.float32) + (self.length - SHORT["window"]) * count // all_heads
+        window = SHORT_CONTEXT["window"]
+        equal = slots_for(4, window, torch.float32) + (self.length - window) * count // all_heads
         nothing: Heads = ((),) * len(heads)
         candidates: dict[str, dict[str, Any] | None] = {
             "full cache": None,
@@ -136,7 +137,7 @@ class Study:
     def quantized(self, draws: int) -> None:
         """The kept heads' caches packed besides."""
         texts = self.texts(draws)
-        razor = SHORT | {"heads": self.heads(SHORT["induction"], SHORT["echo"])}
+        razor = SHORT_CONTEXT | {"heads": self.heads(SHORT_CONTEXT["induction"], SHORT_CONTEXT["echo"])}
         for pair in ((8, 8), (8, 4), (4, 4)):
             program = self.program(razor, gw.KVTuner(table=(pair,) * len(self.scores)))
             numbers, digits = found(program, texts)
@@ -146,7 +147,7 @@ class Study:
     def perplexity(self, windows: int) -> None:
         """Of decoding token by token, over windows as long as the cache."""
         texts = list(token_windows(load_tokenizer(), read_text("evaluation"), self.length, windows).split(1))
-        razor = SHORT | {"heads": self.heads(SHORT["induction"], SHORT["echo"])}
+        razor = SHORT_CONTEXT | {"heads": self.heads(SHORT_CONTEXT["induction"], SHORT_CONTEXT["echo"])}
         programs = {
             "full cache": self.canonical,
             "RazorAttention": self.program(razor),
@@ -157,7 +158,7 @@ class Study:
 
     def time(self, rounds: int) -> None:
         """One token at the last position: the whole step, and attention alone."""
-        razored = self.program(SHORT | {"heads": self.heads(SHORT["induction"], SHORT["echo"])})
+        razored = self.program(SHORT_CONTEXT | {"heads": self.heads(SHORT_CONTEXT["induction"], SHORT_CONTEXT["echo"])})
         token, last = torch.tensor([[1]]), torch.tensor([self.length - 1])
 
         def step(program: gw.Program) -> Callable[[], Tensor]:

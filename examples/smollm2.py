@@ -25,7 +25,7 @@ from graphwright.examples.compare_caches import block_of, compare_caches
 from graphwright.examples.continuation import continuation_perplexity
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import perplexity, read_text, token_windows
-from graphwright.profiles.razor import SHORT
+from graphwright.profiles.razor import SHORT_CONTEXT
 
 CHOICES = {
     # The published learning rate is 1e-3; this width takes 1e-2 better (docs/dartquant.md).
@@ -35,7 +35,7 @@ CHOICES = {
     "outstanding": gw.OutstandingSparse(),
     # The published rate is for thousands of rows; these few texts take a larger one (docs/sparse-linears.md).
     "losa": gw.LoSA(lr=1e-3, samples=16, checkpointing=False),
-    "razor": gw.RazorAttention(**SHORT),
+    "razor": gw.RazorAttention(**SHORT_CONTEXT),
 }
 """Methods with settings for this model; any other name is taken with its defaults."""
 CACHE = 1024

@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .cache_append_triton import FORM_NUMBERS
 from .packed_cache import Packing, packings
+from .split_softmax_triton import launch_join, parts_for, softmax_step
 
 _jit: Callable[..., Any] = triton.jit
 BLOCK_T = 32
@@ -51,8 +51,7 @@ def launch(
     block_r = max(16, min(64, 1 << (rows - 1).bit_length()))
     blocks = -(-rows // block_r)
     splits = choose_splits(batch * heads * blocks, keys_as.capacity(key.shape[-1]))
-    part = torch.empty(batch * heads, splits, rows, width, dtype=torch.float32, device=query.device)
-    peak, total = (torch.empty(part.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
+    part, peak, total = parts_for(batch * heads, splits, rows, width, query.device)
     (k_codes, k_steps, k_tail), (v_codes, v_steps, v_tail) = _pointers(key, keys_as), _pointers(value, values_as)
     sizes = {
         "DIM": dim, "WIDTH": width, "KEY_BITS": keys_as.bits, "VALUE_BITS": values_as.bits,
@@ -66,10 +65,7 @@ def launch(
         scale, count, window, query_heads // heads, heads, key.shape[-1], value.shape[-1], splits, **sizes,
         num_warps=warps_for(block_r), num_stages=2,
     )  # fmt: skip
-    _join_kernel[(batch * heads, rows)](
-        part, peak, total, y, count, rows, splits, WIDTH=width, BLOCK_E=sizes["BLOCK_E"],
-        BLOCK_S=triton.next_power_of_2(splits), num_warps=1,
-    )  # fmt: skip
+    launch_join(part, peak, total, y)
     return y
 
 
@@ -164,38 +160,12 @@ def _part_kernel(
         if window > 0:
             seen = seen & (t[None, :] > at[:, None] - window)
         s = tl.where(seen, s, float("-inf"))
-        higher = tl.maximum(most, tl.max(s, 1))
-        # A row that has seen nothing yet has no maximum; its weights are zero.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp(s - base[:, None])
-        shrink = tl.exp(most - base)
+        p, shrink, most = softmax_step(s, most)
         weight = weight * shrink + tl.sum(p, 1)
         v = _tokens(v_codes, v_steps, v_tail, t, ok, cut, WIDTH, VALUE_BITS, VALUE_FORM, BLOCK_E).to(q.dtype)
         result = result * shrink[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
-        most = higher
     place = (head * splits + split) * rows + row
     tl.store(peak + place, most, mask=row < rows)
     tl.store(total + place, weight, mask=row < rows)
     out = part + place[:, None] * WIDTH + e[None, :]
     tl.store(out, result, mask=(row < rows)[:, None] & (e < WIDTH)[None, :])
-
-
-@_jit
-def _join_kernel(
-    part, peak, total, y, count, rows, splits, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """One row: its parts, each weighed by how far its maximum is below the highest."""
-    head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    split, e = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_E)
-    place = (head * splits + split) * rows + row
-    most = tl.load(peak + place, mask=split < splits, other=float("-inf"))
-    highest = tl.max(most, 0)
-    # A query in the padding saw nothing: no maximum, no weight, and a result of zero.
-    factor = tl.exp(most - tl.where(highest == float("-inf"), 0.0, highest))
-    weight = tl.sum(tl.load(total + place, mask=split < splits, other=0.0) * factor, 0)
-    weight = tl.where(weight == 0.0, 1.0, weight)
-    mask = (split < splits)[:, None] & (e < WIDTH)[None, :]
-    x = tl.sum(tl.load(part + place[:, None] * WIDTH + e[None, :], mask=mask, other=0.0) * factor[:, None], 0) / weight
-    group = rows // count
-    out = (head * group + row % group) * count + row // group
-    tl.store(y + out * WIDTH + e, x.to(y.dtype.element_ty), mask=e < WIDTH)

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .quantized_cache_attention_triton import _join_kernel
+from .split_softmax_triton import launch_join, parts_for, softmax_step
 from .window_cache import slots_before_sinks, window_of
 
 _jit: Callable[..., Any] = triton.jit
@@ -61,24 +61,17 @@ def launch(
     cut = choose_blocks(rows, max(dim, width), query.dtype)
     blocks = -(-rows // cut.rows)
     splits = choose_splits(batch * heads * blocks, 1 + sinks + window + count, cut.tokens)
-    part, peak, total = y, y, y
-    if splits > 1:
-        part = torch.empty(batch * heads, splits, rows, width, dtype=torch.float32, device=query.device)
-        peak, total = (torch.empty(part.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
-    block_e = max(16, triton.next_power_of_2(width))
+    part, peak, total = parts_for(batch * heads, splits, rows, width, query.device) if splits > 1 else (y, y, y)
     _part_kernel[(batch * heads, blocks, splits)](
         query.contiguous(), key.contiguous(), value.contiguous(), new_key.contiguous(), new_value.contiguous(),
         positions, positions if starts is None else starts, part, peak, total,
         scale, count, group, heads, sinks, window, splits,
         DIM=dim, WIDTH=width, LEAD=slots_before_sinks(key.dtype), BLOCK_R=cut.rows, BLOCK_T=cut.tokens,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_E=block_e, COMPENSATE=compensate,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_E=max(16, triton.next_power_of_2(width)), COMPENSATE=compensate,
         PADDED=starts is not None, SPLIT=splits > 1, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if splits > 1:
-        _join_kernel[(batch * heads, rows)](
-            part, peak, total, y, count, rows, splits, WIDTH=width, BLOCK_E=block_e,
-            BLOCK_S=triton.next_power_of_2(splits), num_warps=1,
-        )  # fmt: skip
+        launch_join(part, peak, total, y)
     return y
 
 
@@ -111,15 +104,11 @@ def _absorb(
     k = tl.load(key + slot[None, :] * DIM + d[:, None], mask=ok[None, :] & (d < DIM)[:, None], other=0.0)
     s = tl.dot(q, k, input_precision="ieee") * scale + bias[None, :]
     s = tl.where(seen, s, float("-inf"))
-    higher = tl.maximum(most, tl.max(s, 1))
-    # A row that has seen nothing yet has no maximum; its weights are zero.
-    base = tl.where(higher == float("-inf"), 0.0, higher)
-    p = tl.exp(s - base[:, None])
-    shrink = tl.exp(most - base)
+    p, shrink, most = softmax_step(s, most)
     weight = weight * shrink + tl.sum(p, 1)
     v = tl.load(value + slot[:, None] * WIDTH + e[None, :], mask=ok[:, None] & (e < WIDTH)[None, :], other=0.0)
     result = result * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-    return higher, weight, result
+    return most, weight, result
 
 
 @_jit

@@ -14,7 +14,7 @@ decided while the program runs, so any later question can be answered from what 
 
 Buffers have one size, and the published window grows with the text, L = max(window, N / ratio); so N is the length of
 the captured cache here. The published window of 4000 tokens is meant for contexts of tens of thousands: for short ones
-see `SHORT`.
+see `SHORT_CONTEXT`.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class RazorAttention(Method):
         )
 
 
-SHORT: dict[str, Any] = {"induction": 0.22, "echo": 0.14, "window": 256, "ratio": 16}
+SHORT_CONTEXT: dict[str, Any] = {"induction": 0.22, "echo": 0.14, "window": 256, "ratio": 16}
 """Options for contexts of some thousand tokens and a small model, which needs more of its heads, and more by echo, than
 the published shares give it; see docs/razor.md."""
 

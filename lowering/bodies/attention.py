@@ -13,23 +13,9 @@ from ...kernels.block_lists import keep_of
 from ...kernels.block_sparse_attention import list_rows
 
 
-def block_sparse_body(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    counts: Tensor,
-    blocks: Tensor,
-    pattern: Tensor | None = None,
-    order: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    *,
-    key_blocks: int,
-    block_size: int,
-    scale: float | None = None,
-) -> Tensor:
+def block_sparse_body(*tensors: Tensor | None, **options: Any) -> Tensor:
     """`block_sparse_attention`: [B, H, N, D]."""
-    tensors = (query, key, value, counts, blocks, pattern, order, key_bias)
-    return block_sparse_lse_body(*tensors, key_blocks=key_blocks, block_size=block_size, scale=scale)[0]
+    return block_sparse_lse_body(*tensors, **options)[0]  # pyright: ignore[reportArgumentType] (as the operator's)
 
 
 def block_sparse_lse_body(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,18 +88,38 @@ def nm_int8_linear_body(
     return int8_linear_body(nm_sparsify_body(x, factors, n, m), weight, scale, bias)
 
 
-def int4_linear_body(
-    x: Tensor,
-    weight: Tensor,
-    steps: Tensor,
-    scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None = None,
-    bits: int = 8,
-    clip: float = 1.0,
-    hadamard: bool = False,
+def int4_linear_with(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A body of `int4_linear`, the weight unpacked when it runs, without the rotation.
+
+    Args:
+        product: Of tokens [..., K], whole numbers as float32, and a weight int8 [K, N].
+    """
+
+    def body(
+        x: Tensor,
+        weight: Tensor,
+        steps: Tensor,
+        scale: Tensor,
+        sums: Tensor,
+        bias: Tensor | None = None,
+        bits: int = 8,
+        clip: float = 1.0,
+        hadamard: bool = False,
+    ) -> Tensor:
+        values, step, zero = on_grid(x.float(), bits, clip)
+        total = product(values, int4_unpacked(weight, steps, scale.shape[0]))
+        return scaled(total, zero, sums, scale, step, bias, x.dtype)
+
+    return body
+
+
+def scaled(
+    total: Tensor, zero: Tensor, sums: Tensor, scale: Tensor, step: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """`int4_linear` in float operators, the weight unpacked when it runs; without the rotation."""
-    values, step, zero = on_grid(x.float(), bits, clip)
-    y = (values @ int4_unpacked(weight, steps, scale.shape[0]).float() - zero * sums.float()) * scale * step
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    """The result of an integer product [..., N]: zeros taken off by the weight's sums, scales and bias."""
+    y = (total.float() - zero * sums.float()) * scale * step
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+int4_linear_body = int4_linear_with(lambda values, weight: values @ weight.float())
+"""In float operators."""

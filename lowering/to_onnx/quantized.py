@@ -26,7 +26,7 @@ from ...kernels.int4_weights import unpack
 from ...passes.edit import Edit
 from ...patterns.nodes import arguments
 from ..apply import Body, Rewrite
-from ..bodies.linear import int4_unpacked, nm_sparsify_body, on_grid
+from ..bodies.linear import int4_linear_with, nm_sparsify_body, on_grid, scaled
 from ..bodies.rotation import ROTATE, rotate, rotate_first
 from ..registry import Lowering, register
 from .carriers import int4_values, matmul_integer, matmul_integer_to_float, pack_int4
@@ -67,23 +67,6 @@ def nm_int8_body(
     return int8_body(nm_sparsify_body(x, factors, n, m), weight, scale, bias)
 
 
-def int4_linear_body(
-    x: Tensor,
-    weight: Tensor,
-    steps: Tensor,
-    scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None = None,
-    bits: int = 8,
-    clip: float = 1.0,
-    hadamard: bool = False,
-) -> Tensor:
-    """`int4_linear`, the weight unpacked when it runs; without the rotation."""
-    values, step, zero = on_grid(x.float(), bits, clip)
-    whole = int4_unpacked(weight, steps, scale.shape[0])
-    return _scaled(matmul_integer(values.to(torch.uint8), whole, 0), zero, sums.float(), scale, step, bias, x.dtype)
-
-
 def int4_tokens_body(
     x: Tensor,
     packed: Tensor,
@@ -100,42 +83,15 @@ def int4_tokens_body(
     # In 32 bits, since runtimes have no product of 8-bit integers; all constant, so it is done once, when loading.
     values = int4_values(packed, k, n).to(torch.int32).view(steps.shape[0], -1, n) * steps.to(torch.int32)
     total = matmul_integer(tokens.to(torch.uint8), values.view(k, n).to(torch.int8), 0)
-    return _scaled(total, zero, sums, scale, step, bias, x.dtype)
+    return scaled(total, zero, sums, scale, step, bias, x.dtype)
 
 
-def _scaled(
-    total: Tensor, zero: Tensor, sums: Tensor, scale: Tensor, step: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    y = (total.float() - zero * sums) * scale * step
-    return (y if bias is None else y + bias.float()).to(dtype)
-
-
-@torch.library.custom_op("graphwright_onnx::int4_tokens", mutates_args=())
-def int4_tokens(
-    x: Tensor,
-    packed: Tensor,
-    steps: Tensor,
-    scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    clip: float,
-) -> Tensor:
-    """Stands for `int4_tokens_body` until that is traced."""
-    return int4_tokens_body(x, packed, steps, scale, sums, bias, bits, clip)
+int4_tokens = torch.library.custom_op("graphwright_onnx::int4_tokens", int4_tokens_body, mutates_args=())
+"""Stands for `int4_tokens_body` until that is traced."""
 
 
 @int4_tokens.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    steps: Tensor,
-    scale: Tensor,
-    sums: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    clip: float,
-) -> Tensor:
+def _(x: Tensor, packed: Tensor, steps: Tensor, scale: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
@@ -234,6 +190,7 @@ INT8, INT4 = "MatMulIntegerToFloat (com.microsoft) of rounded tokens", "MatMulNB
 STORED = ("portable", "ort")
 """Where weights are stored tensors: the body of a function has them as inputs."""
 
+int4_linear_body = int4_linear_with(lambda values, weight: matmul_integer(values.to(torch.uint8), weight, 0))
 _unpacked = Rewrite(rotate_first, {torch.ops.graphwright.int4_linear.default: int4_linear_body, **ROTATE})
 _packed = Rewrite(_portable_int4, {_carriers.int4_tokens.default: int4_tokens_body, **ROTATE})
 for _lowering in (

@@ -34,6 +34,12 @@ def interpret(calls: list[Call]) -> list[Any]:
     return call_with(calls, TRITON_INTERPRET="1")
 
 
+def interpret_groups(*groups: list[Call]) -> list[list[Any]]:
+    """The results of several lists of calls, each a list, from one process."""
+    results = iter(interpret([call for group in groups for call in group]))
+    return [[next(results) for _ in group] for group in groups]
+
+
 def call_with(calls: list[Call], **environment: str) -> list[Any]:
     """The results of all calls, from one fresh process with these environment variables set."""
     with tempfile.TemporaryDirectory() as folder:
