@@ -6,6 +6,8 @@ all programs together.
 Source: FlashAttention-2 (Dao 2023, arXiv 2307.08691), section 3.1, and Flash-Decoding for the parts.
 """
 
+# ruff: noqa: ANN001, ANN201, ANN202 (the arguments of Triton kernels are pointers and scalars that Triton types itself)
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -36,7 +38,7 @@ def launch_join(part: Tensor, peak: Tensor, total: Tensor, y: Tensor) -> None:
 
 
 @_jit
-def softmax_step(s, most):  # noqa: ANN001, ANN201 (tensors of Triton)
+def softmax_step(s, most):
     """Weights of new scores `s` [rows, columns], the factor of all before, and the highest score of each row by now."""
     higher = tl.maximum(most, tl.max(s, 1))
     # A row that has seen nothing yet has no maximum; its weights are zero.

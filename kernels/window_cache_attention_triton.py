@@ -67,8 +67,9 @@ def launch(
         positions, positions if starts is None else starts, part, peak, total,
         scale, count, group, heads, sinks, window, splits,
         DIM=dim, WIDTH=width, LEAD=slots_before_sinks(key.dtype), BLOCK_R=cut.rows, BLOCK_T=cut.tokens,
-        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_E=max(16, triton.next_power_of_2(width)), COMPENSATE=compensate,
-        PADDED=starts is not None, SPLIT=splits > 1, num_warps=cut.warps, num_stages=cut.stages,
+        BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_E=max(16, triton.next_power_of_2(width)),
+        COMPENSATE=compensate, PADDED=starts is not None, SPLIT=splits > 1,
+        num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
     if splits > 1:
         launch_join(part, peak, total, y)

@@ -14,7 +14,7 @@ from graphwright.kernels.packed_cache import BITS, FORMS, Packing, dequantize
 from graphwright.kernels.quantized_cache_attention import quantized_cache_attention, reference
 
 from .aot import Request, compile_kernels
-from .interpreter import Call
+from .interpreter import Call, interpret_groups
 
 pytest.importorskip("triton")
 APPEND = "graphwright.kernels.cache_append_triton"

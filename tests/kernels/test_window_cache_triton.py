@@ -16,7 +16,7 @@ from graphwright.kernels.window_cache_append import window_cache_append
 from graphwright.kernels.window_cache_attention import reference, window_cache_attention
 
 from .aot import Request, compile_kernels
-from .interpreter import Call, interpret
+from .interpreter import Call, interpret, interpret_groups
 
 pytest.importorskip("triton")
 APPEND = "graphwright.kernels.window_cache_append_triton"
