@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from .errors import GraphwrightError, InvalidArgument
+from .replace_files import check_writable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 _console = Console()
@@ -63,8 +64,7 @@ def optimize(
     from .optimize import optimize as run
     from .profiles.budget import Budget
 
-    for path in (output, save_profile):
-        _check_writable(path)
+    check_writable(output, save_profile)
     methods = [_parse_method(text) for text in method or ()]
     budget = None if max_error is None else Budget(max_error=max_error)
     program = run(capture(model, trust=trust), methods=methods, profile=profile, budget=budget, keep=keep)  # pyright: ignore[reportArgumentType]
@@ -86,7 +86,7 @@ def report(
     from .inspection.printable import dump_json
     from .program_file import load
 
-    _check_writable(html)
+    check_writable(html)
     loaded = load(program)
     if html is not None:
         print(loaded.html(html))
@@ -164,7 +164,7 @@ def graph(
 
     loaded = load(program)
     name = phase or next(iter(loaded.phases))
-    _check_writable(output)
+    check_writable(output)
     print(loaded.write_graph(name, output) if output is not None else loaded.graph(name))
 
 
@@ -186,7 +186,7 @@ def export(
         made = dry_run(load(program), output, ops)
         print(dump_json(made)) if as_json else _console.print(made)
         return
-    _check_writable(output)
+    check_writable(output)
     options = {"ops": ops, "opset": opset} if output.suffix == ".onnx" else {}
     files = load(program).export(output, **options)
     sizes = {str(file): file.stat().st_size for file in files}
@@ -284,14 +284,6 @@ def _parse_value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def _check_writable(path: Path | None) -> None:
-    """Refuse an output folder that is not there before minutes of work, not after."""
-    from .errors import InvalidFile
-
-    if path is not None and not path.parent.is_dir():
-        raise InvalidFile(f"{path}: there is no folder {path.parent}")
 
 
 def main() -> None:

@@ -11,13 +11,12 @@ import base64
 import hashlib
 import html
 import json
-import os
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidFile
+from ..replace_files import replacing_file
 from .decision_data import decisions_data, near_misses
 from .graph_data import Strings, phase_data
 from .picture import pictures_of
@@ -42,15 +41,8 @@ def write_html(program: Program, path: str | Path) -> Path:
     """
     path = Path(path)
     text = page_text(program)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InvalidFile(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        if temporary.parent.is_dir():
-            temporary.unlink(missing_ok=True)
     return path
 
 

@@ -8,7 +8,6 @@ repeated when the search is started again.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..kernels.token_order import token_order
 from ..passes.dialects import graph_arguments
 from ..patterns.attention import AttentionSite
 from ..patterns.video import VideoLayout
+from ..replace_files import replacing_file
 from .profile import data_hash, fingerprint
 
 
@@ -152,12 +152,9 @@ def _save(path: Path, found: Mapping[str, OffsetMass]) -> None:
     for site, values in found.items():
         place = site.split("/", 1)[1]
         tensors[f"{place}.mass"], tensors[f"{place}.rest"] = values.mass.contiguous(), values.rest.contiguous()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
     except OSError as error:
         raise InvalidFile(f"{path.parent}: the search cannot keep what it found: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_file(path) as temporary:
+        save_file(tensors, temporary)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -27,6 +26,7 @@ from ..errors import InvalidFile, StaleProfile
 from ..passes.decision import Decision
 from ..patterns.graph import GraphView
 from ..patterns.steps import StepRange
+from ..replace_files import replacing_file
 from .tensor_file import TensorFile, read_tensors, write_tensors
 
 SCHEMA_VERSION = 1
@@ -77,14 +77,8 @@ class Profile(BaseModel):
         """
         path = Path(path)
         record = write_tensors(path, self.tensors) if self.tensors else None
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing_file(path) as temporary:
             temporary.write_text(self.model_copy(update={"tensor_file": record}).model_dump_json(indent=1) + "\n")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise InvalidFile(f"{path}: cannot be written: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

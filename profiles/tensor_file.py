@@ -8,7 +8,6 @@ numbers only.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import InvalidFile
+from ..replace_files import replacing_file
 
 
 class TensorFile(BaseModel):
@@ -37,16 +37,12 @@ def write_tensors(profile: Path, tensors: Mapping[str, Tensor]) -> TensorFile:
         InvalidFile: The path cannot be written.
     """
     path = profile.with_suffix(".safetensors")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        record = TensorFile(file=path.name, bytes=temporary.stat().st_size, sha256=_digest(temporary))
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise InvalidFile(f"{path}: cannot be written: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
-    return record
+    with replacing_file(path) as temporary:
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:
+            raise InvalidFile(f"{path}: cannot be written: {error}") from error
+        return TensorFile(file=path.name, bytes=temporary.stat().st_size, sha256=_digest(temporary))
 
 
 def read_tensors(profile: Path, record: TensorFile) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ whatever moment it stops at, the folder holds the last complete state.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import InvalidFile, StaleProfile
+from ..replace_files import replacing_file
 
 _RECORD = "training.json"
 
@@ -65,9 +65,8 @@ class TrainingFolder:
                 files[name] = f"{name}.{number}.safetensors"
                 save_file({key: value.contiguous() for key, value in content.items()}, self.path / files[name])
             made = {**record, "files": files, "number": number, "made_for": self.made_for}
-            temporary = self.path / f".{_RECORD}.{os.getpid()}"
-            temporary.write_text(json.dumps(made, indent=1))
-            os.replace(temporary, self.path / _RECORD)
+            with replacing_file(self.path / _RECORD) as temporary:
+                temporary.write_text(json.dumps(made, indent=1))
             for old in set(self.record.get("files", {}).values()) - set(files.values()):
                 (self.path / old).unlink(missing_ok=True)
         except OSError as error:

@@ -21,7 +21,7 @@ FLOORS = {  # what each folder may import, beside itself and GROUND
     "html_report": {"kernels", "passes", "patterns", "program"},
     "inspection": {"build", "capture", "passes", "patterns", "prepare", "profiles", "program"},
 }
-GROUND = {"errors", "progress", "torch_private"}
+GROUND = {"errors", "progress", "replace_files", "torch_private"}
 PROGRAMS = ("examples", "benchmarks")
 NAMELESS = {"utils", "util", "helpers", "helper", "common", "misc"}
 

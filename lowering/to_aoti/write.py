@@ -20,9 +20,9 @@ from torch.export import ExportedProgram
 
 from ...errors import MissingExtra, UnsupportedLowering
 from ...passes.copy_exported import copy_exported
+from ...replace_files import replacing_files
 from ...torch_private import compile_package, pytree
 from ..apply import apply
-from ..files import replacing
 from ..registry import Choice, choose_all, name_of, require
 from ..source import Source
 from ..state_io import Interface, without_state
@@ -45,7 +45,7 @@ def export(source: Source, path: Path) -> list[Path]:
     """
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         raise MissingExtra("aoti needs a C++ compiler: install g++ or clang++")
-    with replacing(path) as folder:
+    with replacing_files(path) as folder:
         for name, phase in source.phases.items():
             program, interface = lower_aoti(phase.exported)
             program.example_inputs = (_examples(phase.exported, interface), {})

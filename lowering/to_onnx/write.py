@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ...archive.signature import write_call
-from ..files import replacing
+from ...replace_files import replacing_files
 from ..source import Source
 from ..targets import require_packages
 from .lower import OnnxModel, check_options, lower_onnx
@@ -47,7 +47,7 @@ def export(source: Source, path: Path, *, opset: int = 23, ops: str = "portable"
     require_packages("onnx")
     from .models import write_models
 
-    with replacing(path) as folder:
+    with replacing_files(path) as folder:
         shared: dict[str, Tensor] = {}
         lowered = {
             name: lower_onnx(phase.exported, opset=opset, ops=ops, shared=shared)
