@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from rich.console import Console
 import graphwright as gw
 from graphwright.benchmarks.passkey import found, hide
 from graphwright.examples.compare_caches import block_of, compare_caches
+from graphwright.examples.compare_linears import compare_linears
 from graphwright.examples.continuation import continuation_perplexity
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import perplexity, read_text, token_windows
@@ -66,7 +68,9 @@ def main() -> None:
     # What has no hardware here, 4-bit integers and sparse products, is for its quality: it is kept where it is not
     # faster, too.
     keep = "smaller" if known else "faster"
+    started = time.perf_counter()
     program = gw.optimize(captured, methods=methods, calibration=[texts] if known else texts, keep=keep)
+    seconds = time.perf_counter() - started
     print(program.report())
 
     def logits_of(candidate: gw.Program) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -79,9 +83,11 @@ def main() -> None:
     windows = token_windows(tokenizer, read_text("evaluation"), 512, options.windows)
     canonical = gw.optimize(captured)
     for name, each in {"canonical": canonical, options.method: program}.items():
-        seconds = each.time(windows[:1], torch.arange(512))
+        prefill = each.time(windows[:1], torch.arange(512))
         size = f"{each.weight_bytes() / 1e6:.1f} MB"
-        print(f"{name}: perplexity {perplexity(logits_of(each), windows):.3f}, weights {size}, prefill {seconds:.3f} s")
+        print(f"{name}: perplexity {perplexity(logits_of(each), windows):.3f}, weights {size}, prefill {prefill:.3f} s")
+    if isinstance(methods[0] if methods else None, gw.DartQuant):
+        Console().print(compare_linears(program, canonical, captured, windows, logits_of, seconds))
     if options.method in ("amber", "outstanding"):  # a sparse prompt costs more where it is scored itself
         for name, each in {"canonical": canonical, options.method: program}.items():
             print(f"{name}: perplexity of a dense continuation {continuation_perplexity(each, windows):.3f}")
