@@ -85,32 +85,47 @@ def _pointers(store: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @_jit
-def _tokens(
-    codes, steps, tail, t, ok, cut,
-    DIM: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Tokens `t` as float32 [tokens, BLOCK]; zero where not `ok`."""
+def _codes(codes, t, ok, DIM: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The codes of tokens `t`, int32 [tokens, BLOCK]; zero where not `ok`."""
     ROW: tl.constexpr = DIM * BITS // 8
     channel = tl.arange(0, BLOCK)
     mask = ok[:, None] & (channel < DIM)[None, :]
     byte = tl.load(codes + t[:, None] * ROW + (channel % ROW)[None, :], mask=mask, other=0).to(tl.int32)
-    code = (byte >> (channel // ROW * BITS)[None, :]) & (2**BITS - 1)
-    if FORM == 0:
-        scale = tl.load(steps + 2 * t, mask=ok, other=0.0).to(tl.float32)[:, None]
-        low = tl.load(steps + 2 * t + 1, mask=ok, other=0.0).to(tl.float32)[:, None]
+    return (byte >> (channel // ROW * BITS)[None, :]) & (2**BITS - 1)
+
+
+@_jit
+def _centered(codes, steps, t, ok, dtype: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens of one group each: whole numbers around zero, exact in 16 bits, and each token's scale and middle.
+
+    A token is numbers * scale + middle: products are made of the numbers alone, and take scale and middle once.
+    """
+    HALF: tl.constexpr = 2 ** (BITS - 1)
+    numbers = (_codes(codes, t, ok, DIM, BITS, BLOCK) - HALF).to(tl.float32).to(dtype)
+    scale = tl.load(steps + 2 * t, mask=ok, other=0.0).to(tl.float32)
+    middle = tl.load(steps + 2 * t + 1, mask=ok, other=0.0).to(tl.float32) + HALF * scale
+    return numbers, scale, middle
+
+
+@_jit
+def _tokens(
+    codes, steps, tail, t, ok, cut,
+    DIM: tl.constexpr, BITS: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Tokens `t` of KIVI's forms as float32 [tokens, BLOCK]; zero where not `ok`."""
+    channel = tl.arange(0, BLOCK)
+    mask = ok[:, None] & (channel < DIM)[None, :]
+    code = _codes(codes, t, ok, DIM, BITS, BLOCK)
+    if FORM == 1:
+        place = (t // 32 * DIM)[:, None] + channel[None, :]
     else:
-        if FORM == 1:
-            place = (t // 32 * DIM)[:, None] + channel[None, :]
-        else:
-            place = (t * (DIM // 32))[:, None] + (channel // 32)[None, :]
-        scale = tl.load(steps + 2 * place, mask=mask, other=0.0).to(tl.float32)
-        low = tl.load(steps + 2 * place + 1, mask=mask, other=0.0).to(tl.float32)
+        place = (t * (DIM // 32))[:, None] + (channel // 32)[None, :]
+    scale = tl.load(steps + 2 * place, mask=mask, other=0.0).to(tl.float32)
+    low = tl.load(steps + 2 * place + 1, mask=mask, other=0.0).to(tl.float32)
     x = tl.where(mask, code.to(tl.float32) * scale + low, 0.0)
-    if FORM != 0:
-        late = mask & (t >= cut)[:, None]
-        kept = tl.load(tail + (t - cut)[:, None] * DIM + channel[None, :], mask=late, other=0.0)
-        x = tl.where(late, kept.to(tl.float32), x)
-    return x
+    late = mask & (t >= cut)[:, None]
+    kept = tl.load(tail + (t - cut)[:, None] * DIM + channel[None, :], mask=late, other=0.0)
+    return tl.where(late, kept.to(tl.float32), x)
 
 
 @_jit
@@ -133,6 +148,7 @@ def _part_kernel(
     place = (head * group + row % group) * count + row // group
     q_mask = (row < rows)[:, None] & (d < DIM)[None, :]
     q = tl.load(query + place[:, None] * DIM + d[None, :], mask=q_mask, other=0.0)
+    q_sum = tl.sum(q.to(tl.float32), 1)
     begin = 0
     if window > 0:
         begin = tl.maximum(first + tl.program_id(1) * BLOCK_R // group - window + 1, begin)
@@ -150,22 +166,37 @@ def _part_kernel(
     v_tail += head * (value_size // 2)
     most = tl.full([BLOCK_R], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_R], tl.float32)
+    # What all channels of the result have in common, where each token of values has one middle.
+    offset = tl.zeros([BLOCK_R], tl.float32)
     result = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
     for start in range(low, high, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         ok = t < high
-        k = _tokens(k_codes, k_steps, k_tail, t, ok, cut, DIM, KEY_BITS, KEY_FORM, BLOCK_D).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if KEY_FORM == 0:
+            k, step, middle = _centered(k_codes, k_steps, t, ok, q.dtype, DIM, KEY_BITS, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * step[None, :] + q_sum[:, None] * middle[None, :]
+        else:
+            k = _tokens(k_codes, k_steps, k_tail, t, ok, cut, DIM, KEY_BITS, KEY_FORM, BLOCK_D).to(q.dtype)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s *= scale
         seen = ok[None, :] & (t[None, :] <= at[:, None])
         if window > 0:
             seen = seen & (t[None, :] > at[:, None] - window)
         s = tl.where(seen, s, float("-inf"))
         p, shrink, most = softmax_step(s, most)
         weight = weight * shrink + tl.sum(p, 1)
-        v = _tokens(v_codes, v_steps, v_tail, t, ok, cut, WIDTH, VALUE_BITS, VALUE_FORM, BLOCK_E).to(q.dtype)
-        result = result * shrink[:, None] + tl.dot(p.to(q.dtype), v, input_precision="ieee")
+        result *= shrink[:, None]
+        if VALUE_FORM == 0:
+            v, step, middle = _centered(v_codes, v_steps, t, ok, q.dtype, WIDTH, VALUE_BITS, BLOCK_E)
+            result += tl.dot((p * step[None, :]).to(q.dtype), v, input_precision="ieee")
+            offset = offset * shrink + tl.sum(p * middle[None, :], 1)
+        else:
+            v = _tokens(v_codes, v_steps, v_tail, t, ok, cut, WIDTH, VALUE_BITS, VALUE_FORM, BLOCK_E).to(q.dtype)
+            result += tl.dot(p.to(q.dtype), v, input_precision="ieee")
     place = (head * splits + split) * rows + row
     tl.store(peak + place, most, mask=row < rows)
     tl.store(total + place, weight, mask=row < rows)
     out = part + place[:, None] * WIDTH + e[None, :]
+    if VALUE_FORM == 0:
+        result += offset[:, None]
     tl.store(out, result, mask=(row < rows)[:, None] & (e < WIDTH)[None, :])
