@@ -229,12 +229,21 @@ def _band_kernel(
         higher = tl.maximum(peak, tl.max(scores, 1))
         shares = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(peak - higher)
-        total = total * shrink + tl.sum(shares, 1)
+        sums_of_rows = tl.sum(shares, 1)
+        total = total * shrink + sums_of_rows
         inside *= shrink[:, None]
-        distance = tl.abs(rows[:, None] - columns[None, :])
+        # Only tiles that the band's edge cuts are looked at token by token.
+        ahead, behind = start - block * BLOCK_M, block * BLOCK_M - start
+        nearest = tl.maximum(tl.maximum(ahead - BLOCK_M + 1, behind - BLOCK_N + 1), 0)
+        farthest = tl.maximum(ahead + BLOCK_N, behind + BLOCK_M) - 1
         for w in tl.static_range(W):
-            near = tl.sum(tl.where(distance <= tl.load(widths + w), shares, 0.0), 1)
-            inside += tl.where((ws == w)[None, :], near[:, None], 0.0)
+            width = tl.load(widths + w)
+            if nearest <= width:
+                near = sums_of_rows
+                if farthest > width:
+                    distance = tl.abs(rows[:, None] - columns[None, :])
+                    near = tl.sum(tl.where(distance <= width, shares, 0.0), 1)
+                inside += tl.where((ws == w)[None, :], near[:, None], 0.0)
         peak = higher
     recall = tl.where((rows < L)[:, None], inside / total[:, None], 0.0)
     place = head * tl.num_programs(0) + block

@@ -150,14 +150,14 @@ def rotated(rows: Tensor) -> Tensor:
     trailing = n // blocks
     for order in factors:
         trailing //= order
-        h = _scaled(order, y.dtype)
+        h = _scaled(order, y.dtype, y.device)
         y = y.view(-1, order) @ h if trailing == 1 else h.t() @ y.view(-1, order, trailing)
     return y.reshape(rows.shape)
 
 
 @lru_cache(maxsize=64)
-def _scaled(order: int, dtype: torch.dtype) -> Tensor:
-    return (signs(order).double() / order**0.5).to(dtype)
+def _scaled(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return (signs(order).double() / order**0.5).to(device, dtype)
 
 
 def _cuda(x: Tensor) -> Tensor:
@@ -243,7 +243,7 @@ class Split(NamedTuple):
 
 def split(n: int) -> Split:
     """The split of a whole order with the least padded tile, sides at least 16 as `tl.dot` wants."""
-    _, factors = orders(n)
+    factors = _pieces(n)
     sizes = [prod(factors[:cut]) for cut in range(len(factors) + 1)]
     whole = prod(factors)
 
@@ -254,10 +254,19 @@ def split(n: int) -> Split:
     return min(candidates, key=lambda s: s.padded_left * s.padded_right * (s.padded_left + s.padded_right))
 
 
+def _pieces(n: int) -> list[int]:
+    """The factors of a whole order, powers of two as twos: Sylvester's matrices are products of themselves."""
+    pieces = []
+    for order in orders(n).factors:
+        pieces += [2] * (order.bit_length() - 1) if order & (order - 1) == 0 else [order]
+    return pieces
+
+
+@lru_cache(maxsize=64)
 def sides(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The two matrices of ``split(n)``, int8 of +-1, zero where padded."""
+    """The two matrices of ``split(n)``, int8 of +-1, zero where padded; not to be written."""
     chosen = split(n)
-    _, factors = orders(n)
+    factors = _pieces(n)
     found = []
     count = 0
     for size, padded in ((chosen.left, chosen.padded_left), (chosen.right, chosen.padded_right)):
@@ -271,51 +280,99 @@ def sides(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
+def tile_fits(n: int, item_size: int) -> bool:
+    """Whether a row of a whole order is rotated in one program: its padded tile stays in registers."""
+    chosen = split(n)
+    return chosen.padded_left * chosen.padded_right <= (8192 if item_size == 2 else 4096)
+
+
 def launch(x: Tensor) -> Tensor:
-    """Run the Triton kernel, arguments unchecked, on x's device (the CPU under TRITON_INTERPRET=1)."""
+    """Run the Triton kernel, arguments unchecked, on x's device (the CPU under TRITON_INTERPRET=1).
+
+    Rows that are too long for it are rotated factor by factor, in PyTorch's own products.
+    """
     n = x.shape[-1]
     size = n // orders(n).blocks
+    if not tile_fits(size, x.element_size()):
+        return rotated(x.float().reshape(-1, n)).view(x.shape).to(x.dtype)
     rows = x.reshape(-1, size).contiguous()
     y = torch.empty_like(rows)
     if len(rows):
         chosen = split(size)
         left, right = sides(size, x.device)
-        _hadamard_kernel[(len(rows),)](
-            rows, y, left, right, size**-0.5,
+        _hadamard_kernel[(triton.cdiv(len(rows), ROWS),)](
+            rows, y, left, right, size**-0.5, len(rows),
             LEFT=chosen.left, RIGHT=chosen.right, PADDED_LEFT=chosen.padded_left, PADDED_RIGHT=chosen.padded_right,
-            num_warps=8,
+            ROWS=ROWS, num_warps=warps_of(chosen), num_stages=2,
         )  # fmt: skip
     return y.view(x.shape)
 
 
+ROWS = 8
+"""Rows of a program, which reads the two sides once."""
+
+
+def warps_of(chosen: Split) -> int:
+    """Warps of a program: 32 float32 of a tile for each thread, or fewer."""
+    return 4 if chosen.padded_left * chosen.padded_right <= 4096 else 8
+
+
 @_jit
-def rotate_tile(x, left, right, factor, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr):  # noqa: ANN201
-    """A row as a float32 tile ``[PADDED_LEFT, PADDED_RIGHT]`` (zeros where padded) times H: left^T x right."""
+def load_sides(left, right, dtype: tl.constexpr, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr):  # noqa: ANN201
+    """What a row's tile is multiplied with from the left, transposed, and from the right, as `rotate_tile` wants it."""
     i = tl.arange(0, PADDED_LEFT)
     j = tl.arange(0, PADDED_RIGHT)
-    # The left matrix is read transposed: y[a, b] = sum_ij left[i, a] x[i, j] right[j, b].
-    across = tl.load(left + i[None, :] * PADDED_LEFT + i[:, None]).to(tl.float32)
-    along = tl.load(right + j[:, None] * PADDED_RIGHT + j[None, :]).to(tl.float32)
-    # tf32 alone would keep 10 bits of the activation, hardly more than an 8-bit quantizer needs; three such products
-    # keep float32's, and unlike "ieee" they run on tensor cores: without spills up to 64 x 64.
-    y = tl.dot(across, tl.dot(x, along, input_precision="tf32x3"), input_precision="tf32x3")
-    return y * factor
+    across = tl.load(left + i[None, :] * PADDED_LEFT + i[:, None])
+    along = tl.load(right + j[:, None] * PADDED_RIGHT + j[None, :])
+    return across.to(dtype), along.to(dtype)
+
+
+@_jit
+def rotate_tile(x, across, along):  # noqa: ANN201
+    """A row as a tile ``[PADDED_LEFT, PADDED_RIGHT]`` (zeros where padded) times H, but for its factor, in float32.
+
+    y[a, b] = sum_ij left[i, a] x[i, j] right[j, b]; x is bfloat16 or float32, and the sides are of its dtype. Products
+    with +-1 are exact in any dtype that holds the other factor: one that has more bits than the matrix units take is
+    multiplied as two parts, with 16 bits together in bfloat16 and 22 in tf32.
+    """
+    if x.dtype == tl.bfloat16:
+        half = tl.dot(across, x)
+        high = half.to(tl.bfloat16)
+        y = tl.dot(high, along)
+        y = tl.dot((half - high.to(tl.float32)).to(tl.bfloat16), along, y)
+    else:
+        high = _high_bits(x)
+        half = tl.dot(across, high, input_precision="tf32")
+        half = tl.dot(across, x - high, half, input_precision="tf32")
+        high = _high_bits(half)
+        y = tl.dot(high, along, input_precision="tf32")
+        y = tl.dot(half - high, along, y, input_precision="tf32")
+    return y
+
+
+@_jit
+def _high_bits(x):
+    """What tf32 holds of float32: sign, exponent and 10 bits."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @_jit
 def _hadamard_kernel(
-    x, y, left, right, factor,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr,
+    x, y, left, right, factor, count,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program a row."""
-    row = tl.program_id(0).to(tl.int64) * (LEFT * RIGHT)
+    """Some rows a program, one after the other."""
     i = tl.arange(0, PADDED_LEFT)
     j = tl.arange(0, PADDED_RIGHT)
     inside = (i < LEFT)[:, None] & (j < RIGHT)[None, :]
-    at = row + i[:, None] * RIGHT + j[None, :]
-    tile = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    result = rotate_tile(tile, left, right, factor, PADDED_LEFT, PADDED_RIGHT)
-    tl.store(y + at, result.to(y.dtype.element_ty), mask=inside)
+    at = i[:, None] * RIGHT + j[None, :]
+    dtype: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
+    across, along = load_sides(left, right, dtype, PADDED_LEFT, PADDED_RIGHT)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, count)):
+        start = row * (LEFT * RIGHT)
+        tile = tl.load(x + start + at, mask=inside, other=0.0).to(dtype)
+        tl.store(y + start + at, (rotate_tile(tile, across, along) * factor).to(y.dtype.element_ty), mask=inside)
 
 
 torch.library.impl("graphwright::hadamard", "cpu", _cpu)

@@ -271,7 +271,7 @@ def launch_product(
         config = choose_config(m, n, k)
         _gemm_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
             quantized, token_scale, weight, scale, scale if bias is None else bias.contiguous(), y, m, n, k,
-            HAS_BIAS=bias is not None, EVEN_K=k % config.block_k == 0,
+            HAS_BIAS=bias is not None, EVEN_K=k % config.block_k == 0, FEW=m < config.block_m,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -317,6 +317,7 @@ def _quantize_kernel(x, quantized, token_scale, K, BLOCK_K: tl.constexpr, ONE_BL
 def _gemm_kernel(
     quantized, token_scale, weight, scale, bias, y, M, N, K,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    FEW: tl.constexpr,
 ):  # fmt: skip
     """One tile of y a program; 8 tiles of tokens share each tile of weights while it is in the L2 cache."""
     program = tl.program_id(0)
@@ -327,13 +328,16 @@ def _gemm_kernel(
     rows = (first + program % group % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = program % group // height * BLOCK_N + tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
-    # Rows and columns past the end wrap around: no mask in the loop, and the epilogue does not store them.
+    # Rows and columns past the end wrap around: no mask in the loop, and the epilogue does not store them. A single
+    # token would be read by all rows of all programs at once (an H100 takes 17.6 microseconds for 4096 -> 4096, and
+    # 13.4 for 16 tokens): where there are FEW, rows past the end are not read.
     left = quantized + (rows % M).to(tl.int64)[:, None] * K + ks[None, :]
     right = weight + (columns % N).to(tl.int64)[None, :] * K + ks[:, None]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
-            total = tl.dot(tl.load(left), tl.load(right), total, out_dtype=tl.int32)
+            a = tl.load(left, mask=(rows < M)[:, None], other=0) if FEW else tl.load(left)
+            total = tl.dot(a, tl.load(right), total, out_dtype=tl.int32)
         else:
             a = tl.load(left, mask=(ks < K - start)[None, :], other=0)
             total = tl.dot(a, tl.load(right, mask=(ks < K - start)[:, None], other=0), total, out_dtype=tl.int32)

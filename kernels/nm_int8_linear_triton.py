@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .int8_linear import _round, _step, launch_product
+from .nm_sparsify_triton import selected, warps_of
 
 _jit: Callable[..., Any] = triton.jit
 
@@ -47,28 +48,6 @@ def launch_selection(x: Tensor, factors: Tensor | None, n: int, m: int) -> tuple
     return quantized, token_scale
 
 
-def warps_of(block: int) -> int:
-    """Warps for a tile: 16 values a thread, which its ranks and scores are kept beside."""
-    return max(1, min(16, block // 512))
-
-
-@_jit
-def _selected(row, factors, start, K, n, WEIGHTED: tl.constexpr, BLOCKS: tl.constexpr, M: tl.constexpr):
-    """Values [BLOCKS, M] of a token from a channel on, zero where they are not kept."""
-    lanes = tl.arange(0, M)[None, :]
-    at = start + tl.arange(0, BLOCKS)[:, None] * M + lanes
-    v = tl.load(row + at, mask=at < K, other=0.0).to(tl.float32)
-    scores = tl.abs(v)
-    if WEIGHTED:
-        scores *= tl.load(factors + at, mask=at < K, other=0.0)
-    keys = scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    rank = tl.zeros([BLOCKS, M], tl.int32)
-    for j in tl.static_range(M):
-        other = tl.sum(tl.where(lanes == j, keys, 0), 1)[:, None]
-        rank += ((other > keys) | ((other == keys) & (j < lanes))).to(tl.int32)
-    return tl.where(rank < n, v, 0.0)
-
-
 @_jit
 def _select_kernel(
     x, factors, quantized, token_scale, K, n,
@@ -79,18 +58,18 @@ def _select_kernel(
     source, target = x + row * K, quantized + row * K
     at = tl.arange(0, BLOCKS)[:, None] * M + tl.arange(0, M)[None, :]
     if ONE_BLOCK:
-        v = _selected(source, factors, 0, K, n, WEIGHTED, BLOCKS, M)
+        v = selected(source, factors, 0, K, n, WEIGHTED, BLOCKS, M)
         step = _step(tl.max(tl.max(tl.abs(v), 1), 0), tl.sum(tl.sum(v - v, 1), 0))
         tl.store(target + at, _round(v, step), mask=at < K)
     else:
         amax = tl.zeros([BLOCKS, M], tl.float32)
         poison = tl.zeros([BLOCKS, M], tl.float32)
         for start in range(0, K, BLOCKS * M):
-            v = _selected(source, factors, start, K, n, WEIGHTED, BLOCKS, M)
+            v = selected(source, factors, start, K, n, WEIGHTED, BLOCKS, M)
             amax = tl.maximum(amax, tl.abs(v))
             poison += v - v
         step = _step(tl.max(tl.max(amax, 1), 0), tl.sum(tl.sum(poison, 1), 0))
         for start in range(0, K, BLOCKS * M):
-            v = _selected(source, factors, start, K, n, WEIGHTED, BLOCKS, M)
+            v = selected(source, factors, start, K, n, WEIGHTED, BLOCKS, M)
             tl.store(target + start + at, _round(v, step), mask=start + at < K)
     tl.store(token_scale + row, step)

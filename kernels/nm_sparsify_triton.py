@@ -1,4 +1,8 @@
-"""The Triton kernel of `nm_sparsify`: ranks by counting, all pairs of a block in registers."""
+"""The Triton kernel of `nm_sparsify`, and the selection that it shares with `nm_int8_linear`'s: ranks by counting.
+
+A row stays in registers as a tile [blocks, M]. Ranks are counted one channel of all blocks at a time, M steps, so that
+no more than a few registers a value are needed whatever M is.
+"""
 
 # ruff: noqa: ANN001, ANN201, ANN202 (the arguments of Triton kernels are pointers and scalars that Triton types itself)
 from __future__ import annotations
@@ -13,43 +17,52 @@ from torch import Tensor
 
 _jit: Callable[..., Any] = triton.jit
 
-PAIRS = 4096
-"""Comparisons of a program: 32 a thread."""
+LENGTH = 2048
+"""Channels of a program."""
 
 
 def launch(x: Tensor, factors: Tensor | None, n: int, m: int) -> Tensor:
     """Run the Triton kernel, arguments unchecked, on x's device (the CPU under TRITON_INTERPRET=1)."""
     rows = x.contiguous()
     y = torch.empty_like(rows)
-    blocks = rows.numel() // m
-    if blocks:
-        together = PAIRS // (m * m)
-        _kernel[(triton.cdiv(blocks, together),)](
-            rows, rows if factors is None else factors.contiguous(), y, blocks, x.shape[-1] // m, n,
-            WEIGHTED=factors is not None, TOGETHER=together, M=m,
+    if rows.numel():
+        k = x.shape[-1]
+        block = min(1 << (k - 1).bit_length(), LENGTH)
+        _kernel[(rows.numel() // k, triton.cdiv(k, block))](
+            rows, rows if factors is None else factors.contiguous(), y, k, n,
+            WEIGHTED=factors is not None, BLOCKS=block // m, M=m, num_warps=warps_of(block),
         )  # fmt: skip
     return y
 
 
-@_jit
-def ranks(scores, M: tl.constexpr):
-    """How many scores of a block [B, M] come before each: larger ones, and equal ones of lower channels."""
-    keys = scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    lanes = tl.arange(0, M)
-    mine, other = keys[:, :, None], keys[:, None, :]
-    first = (lanes[None, :] < lanes[:, None])[None, :, :]
-    return tl.sum(((other > mine) | ((other == mine) & first)).to(tl.int32), 2)
+def warps_of(block: int) -> int:
+    """Warps for a tile: 16 values a thread, which its ranks and scores are kept beside."""
+    return max(1, min(16, block // 512))
 
 
 @_jit
-def _kernel(x, factors, y, blocks, blocks_of_row, n, WEIGHTED: tl.constexpr, TOGETHER: tl.constexpr, M: tl.constexpr):
-    """Some blocks a program."""
-    block = tl.program_id(0) * TOGETHER + tl.arange(0, TOGETHER)
-    lanes = tl.arange(0, M)
-    inside = (block < blocks)[:, None]
-    at = block.to(tl.int64)[:, None] * M + lanes[None, :]
-    v = tl.load(x + at, mask=inside, other=0.0)
-    scores = tl.abs(v.to(tl.float32))
+def selected(row, factors, start, K, n, WEIGHTED: tl.constexpr, BLOCKS: tl.constexpr, M: tl.constexpr):
+    """Values [BLOCKS, M] of a row from a channel on, float32, zero where they are not kept."""
+    lanes = tl.arange(0, M)[None, :]
+    at = start + tl.arange(0, BLOCKS)[:, None] * M + lanes
+    v = tl.load(row + at, mask=at < K, other=0.0).to(tl.float32)
+    scores = tl.abs(v)
     if WEIGHTED:
-        scores *= tl.load(factors + (block % blocks_of_row)[:, None] * M + lanes[None, :], mask=inside, other=0.0)
-    tl.store(y + at, tl.where(ranks(scores, M) < n, v, 0.0), mask=inside)
+        scores *= tl.load(factors + at, mask=at < K, other=0.0)
+    # Larger scores come first, and equal ones of lower channels.
+    keys = scores.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    rank = tl.zeros([BLOCKS, M], tl.int32)
+    for j in tl.static_range(M):
+        other = tl.sum(tl.where(lanes == j, keys, 0), 1)[:, None]
+        rank += ((other > keys) | ((other == keys) & (j < lanes))).to(tl.int32)
+    return tl.where(rank < n, v, 0.0)
+
+
+@_jit
+def _kernel(x, factors, y, K, n, WEIGHTED: tl.constexpr, BLOCKS: tl.constexpr, M: tl.constexpr):
+    """Some blocks of a row a program."""
+    row = tl.program_id(0).to(tl.int64) * K
+    start = tl.program_id(1) * BLOCKS * M
+    at = start + tl.arange(0, BLOCKS)[:, None] * M + tl.arange(0, M)[None, :]
+    v = selected(x + row, factors, start, K, n, WEIGHTED, BLOCKS, M)
+    tl.store(y + row + at, v.to(y.dtype.element_ty), mask=at < K)

@@ -31,28 +31,33 @@ def parts_for(heads: int, splits: int, rows: int, width: int, device: torch.devi
 def launch_join(part: Tensor, peak: Tensor, total: Tensor, y: Tensor) -> None:
     """Write the output [B, Hq, N, E] from the parts [B H, splits, N Hq / H, E] of its rows."""
     heads, splits, rows, width = part.shape
-    _join_kernel[(heads, rows)](
-        part, peak, total, y, y.shape[2], rows, splits, WIDTH=width, BLOCK_E=max(16, triton.next_power_of_2(width)),
-        BLOCK_S=triton.next_power_of_2(splits), num_warps=1,
+    # Few rows are joined by many programs, of 32 channels each.
+    block = min(32, max(16, triton.next_power_of_2(width)))
+    _join_kernel[(heads, rows, triton.cdiv(width, block))](
+        part, peak, total, y, y.shape[2], rows, splits, WIDTH=width, BLOCK_E=block,
+        BLOCK_S=triton.next_power_of_2(splits), num_warps=1 if splits <= 32 else 4,
     )  # fmt: skip
 
 
 @_jit
-def softmax_step(s, most):
-    """Weights of new scores `s` [rows, columns], the factor of all before, and the highest score of each row by now."""
-    higher = tl.maximum(most, tl.max(s, 1))
+def softmax_step(s, most, axis: tl.constexpr = 1):
+    """Weights of new scores `s`, the factor of all before, and the highest score of each row by now.
+
+    `axis` is that of the columns: `s` is [rows, columns], or [columns, rows] with 0.
+    """
+    higher = tl.maximum(most, tl.max(s, axis))
     # A row that has seen nothing yet has no maximum; its weights are zero.
     base = tl.where(higher == float("-inf"), 0.0, higher)
-    return tl.exp(s - base[:, None]), tl.exp(most - base), higher
+    return tl.exp(s - tl.expand_dims(base, axis)), tl.exp(most - base), higher
 
 
 @_jit
 def _join_kernel(
     part, peak, total, y, count, rows, splits, WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_S: tl.constexpr
 ):
-    """One row: its parts, each weighed by how far its maximum is below the highest."""
+    """Some channels of a row: its parts, each weighed by how far its maximum is below the highest."""
     head, row = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    split, e = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_E)
+    split, e = tl.arange(0, BLOCK_S), tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     place = (head * splits + split) * rows + row
     most = tl.load(peak + place, mask=split < splits, other=float("-inf"))
     highest = tl.max(most, 0)

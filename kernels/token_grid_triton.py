@@ -25,27 +25,26 @@ def launch_quantize(tokens: Tensor, bits: int, clip: float, hadamard: bool) -> t
     A Hadamard transform is fused where one matrix covers the row and its tile fits; else it is a kernel of its own.
     """
     m, k = tokens.shape
-    quantized = torch.empty_like(tokens, dtype=torch.int8)
-    step = torch.empty(m, dtype=torch.float32, device=tokens.device)
-    shift = torch.empty(m, dtype=torch.int32, device=tokens.device)
-    chosen = rotation.split(k)
-    fused = hadamard and rotation.orders(k).blocks == 1 and chosen.padded_left * chosen.padded_right <= _LARGEST_TILE
-    if hadamard and not fused:
+    made = (
+        torch.empty_like(tokens, dtype=torch.int8),
+        *(torch.empty(m, dtype=dtype, device=tokens.device) for dtype in (torch.float32, torch.int32)),
+    )
+    levels = {"LEVELS": 2**bits - 1, "SHIFT": 128 if bits == 8 else 0}
+    if hadamard and rotation.orders(k).blocks == 1 and rotation.tile_fits(k, tokens.element_size()):
+        chosen = rotation.split(k)
+        _rotate_kernel[(triton.cdiv(m, rotation.ROWS),)](
+            tokens, *made, *rotation.sides(k, tokens.device), k**-0.5, clip, m, **levels,
+            LEFT=chosen.left, RIGHT=chosen.right, PADDED_LEFT=chosen.padded_left, PADDED_RIGHT=chosen.padded_right,
+            ROWS=rotation.ROWS, num_warps=rotation.warps_of(chosen), num_stages=2,
+        )  # fmt: skip
+        return made
+    if hadamard:
         tokens = rotation.launch(tokens.float())
-    left, right = rotation.sides(k, tokens.device) if fused else (tokens, tokens)
-    shape = chosen if fused else (1, 1, 1, 1)
     block = triton.next_power_of_2(k)
     _quantize_kernel[(m,)](
-        tokens, quantized, step, shift, left, right, k**-0.5, clip, k,
-        LEVELS=2**bits - 1, SHIFT=128 if bits == 8 else 0, ROTATE=fused,
-        LEFT=shape[0], RIGHT=shape[1], PADDED_LEFT=shape[2], PADDED_RIGHT=shape[3], BLOCK_K=block,
-        num_warps=8 if block <= 8192 else 16,
+        tokens, *made, clip, k, **levels, BLOCK_K=block, num_warps=8 if block <= 8192 else 16
     )  # fmt: skip
-    return quantized, step, shift
-
-
-_LARGEST_TILE = 4096
-"""Elements of a row's padded tile that are rotated in registers; beyond, the rotation is a kernel of its own."""
+    return made
 
 
 @_jit
@@ -65,37 +64,51 @@ def step_and_zero(low, high, poison, clip, LEVELS: tl.constexpr):  # noqa: ANN20
 
 
 @_jit
-def _quantize_kernel(
-    x, quantized, token_step, token_shift, left, right, factor, clip, K,
-    LEVELS: tl.constexpr, SHIFT: tl.constexpr, ROTATE: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+def _store_row(
+    ratio, zero, step, at, inside, row, start, quantized, token_step, token_shift,
+    LEVELS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """One program a token: its rotation if asked for, its extremes, its integers; the row stays in registers."""
-    row = tl.program_id(0).to(tl.int64)
-    if ROTATE:
-        i = tl.arange(0, PADDED_LEFT)
-        j = tl.arange(0, PADDED_RIGHT)
-        inside = (i < LEFT)[:, None] & (j < RIGHT)[None, :]
-        at = i[:, None] * RIGHT + j[None, :]
-        tile = tl.load(x + row * K + at, mask=inside, other=0.0).to(tl.float32)
-        v = rotation.rotate_tile(tile, left, right, factor, PADDED_LEFT, PADDED_RIGHT)
-        low = tl.min(tl.min(v, 1), 0)
-        high = tl.max(tl.max(v, 1), 0)
-        poison = tl.sum(tl.sum(v - v, 1), 0)
-    else:
-        at = tl.arange(0, BLOCK_K)
-        inside = at < K
-        v = tl.load(x + row * K + at, mask=inside, other=0.0).to(tl.float32)
-        low = tl.min(v, 0)
-        high = tl.max(v, 0)
-        poison = tl.sum(v - v, 0)
-    step, zero = step_and_zero(low, high, poison, clip, LEVELS)
-    q = tl.minimum(tl.maximum(round_half_even(tl.div_rn(v, step)) + zero, 0.0), LEVELS)
-    if SHIFT:
-        tl.store(quantized + row * K + at, (q - SHIFT).to(tl.int8), mask=inside)
-        tl.store(token_shift + row, (SHIFT - zero).to(tl.int32))
-    else:
-        tl.store(quantized + row * K + at, (q - zero).to(tl.int8), mask=inside)
-        tl.store(token_shift + row, 0)
+    """The integers of a row of values over their step, the step, and what is to be added to each integer."""
+    q = tl.minimum(tl.maximum(round_half_even(ratio) + zero, 0.0), LEVELS)
+    shift = SHIFT if SHIFT > 0 else zero
+    tl.store(quantized + start + at, (q - shift).to(tl.int8), mask=inside)
+    tl.store(token_shift + row, (shift - zero).to(tl.int32))
     tl.store(token_step + row, step)
+
+
+@_jit
+def _quantize_kernel(
+    x, quantized, token_step, token_shift, clip, K, LEVELS: tl.constexpr, SHIFT: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """One program a row, which stays in registers: its extremes, then its integers."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK_K)
+    v = tl.load(x + row * K + at, mask=at < K, other=0.0).to(tl.float32)
+    step, zero = step_and_zero(tl.min(v, 0), tl.max(v, 0), tl.sum(v - v, 0), clip, LEVELS)
+    ratio = tl.div_rn(v, step)
+    _store_row(ratio, zero, step, at, at < K, row, row * K, quantized, token_step, token_shift, LEVELS, SHIFT)
+
+
+@_jit
+def _rotate_kernel(
+    x, quantized, token_step, token_shift, left, right, factor, clip, count,
+    LEVELS: tl.constexpr, SHIFT: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Some rows a program, one after the other: each is rotated, then quantized."""
+    i = tl.arange(0, PADDED_LEFT)
+    j = tl.arange(0, PADDED_RIGHT)
+    inside = (i < LEFT)[:, None] & (j < RIGHT)[None, :]
+    at = i[:, None] * RIGHT + j[None, :]
+    dtype: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
+    across, along = rotation.load_sides(left, right, dtype, PADDED_LEFT, PADDED_RIGHT)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for row in range(first, tl.minimum(first + ROWS, count)):
+        start = row * (LEFT * RIGHT)
+        tile = tl.load(x + start + at, mask=inside, other=0.0).to(dtype)
+        v = rotation.rotate_tile(tile, across, along) * factor
+        low, high = tl.min(tl.min(v, 1), 0), tl.max(tl.max(v, 1), 0)
+        step, zero = step_and_zero(low, high, tl.sum(tl.sum(v - v, 1), 0), clip, LEVELS)
+        # Rotated values are rounded sums: one more rounding, that of 1 / step, is no worse, and a product is faster.
+        ratio = v * tl.div_rn(1.0, step)
+        _store_row(ratio, zero, step, at, inside, row, start, quantized, token_step, token_shift, LEVELS, SHIFT)

@@ -82,12 +82,10 @@ def choose_blocks(rows: int, channels: int, dtype: torch.dtype) -> Blocks:
     float32 has no matrix units here and fills the registers soon; 16-bit heads of 64 channels spill with 64 by 64.
     """
     if dtype == torch.float32:
-        if rows > 16 and channels <= 64:
-            return Blocks(32, 16, 8, 2)
-        return Blocks(16, 16, 4 if channels <= 256 else 8, 2)
+        return Blocks(16, 16, 4 if channels <= 128 else 8, 2)
     if rows > 16 and channels <= 256:
-        return Blocks(64, 32, 8, 2)
-    return Blocks(16, 64 if channels <= 256 else 32, 4, 2)
+        return Blocks(32, 32, 4 if channels <= 128 else 8, 2)
+    return Blocks(8 if rows <= 8 else 16, 64 if channels <= 256 else 32, 4, 2)
 
 
 def choose_splits(programs: int, columns: int, tokens: int) -> int:
@@ -100,15 +98,19 @@ def _absorb(
     q, key, value, slot, ok, bias, seen, scale, most, weight, result,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax after the tokens in `slot` that are `ok`, of which each row has `seen` some."""
+    """The running softmax after the tokens in `slot` that are `ok`, of which each row has `seen` some.
+
+    Tokens are the rows of both products, and queries their columns: of those a step has few, and tensor cores take
+    eight columns but sixteen rows.
+    """
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
-    k = tl.load(key + slot[None, :] * DIM + d[:, None], mask=ok[None, :] & (d < DIM)[:, None], other=0.0)
-    s = tl.dot(q, k, input_precision="ieee") * scale + bias[None, :]
+    k = tl.load(key + slot[:, None] * DIM + d[None, :], mask=ok[:, None] & (d < DIM)[None, :], other=0.0)
+    s = tl.dot(k, q, input_precision="ieee") * scale + bias[:, None]
     s = tl.where(seen, s, float("-inf"))
-    p, shrink, most = softmax_step(s, most)
-    weight = weight * shrink + tl.sum(p, 1)
-    v = tl.load(value + slot[:, None] * WIDTH + e[None, :], mask=ok[:, None] & (e < WIDTH)[None, :], other=0.0)
-    result = result * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    p, shrink, most = softmax_step(s, most, 0)
+    weight = weight * shrink + tl.sum(p, 0)
+    v = tl.load(value + slot[None, :] * WIDTH + e[:, None], mask=ok[None, :] & (e < WIDTH)[:, None], other=0.0)
+    result = tl.dot(v, p.to(v.dtype), result * shrink[None, :], input_precision="ieee")
     return most, weight, result
 
 
@@ -131,7 +133,7 @@ def _part_kernel(
         begin = tl.load(starts + head // heads).to(tl.int32)
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     place = (head * group + row % group) * count + number
-    q = tl.load(query + place[:, None] * DIM + d[None, :], mask=(row < rows)[:, None] & (d < DIM)[None, :], other=0.0)
+    q = tl.load(query + place[None, :] * DIM + d[:, None], mask=(row < rows)[None, :] & (d < DIM)[:, None], other=0.0)
     # The columns of the store that were written, then the new tokens from the first that is no padding.
     held = tl.where(first > 0, 1 + sinks + tl.minimum(first, window), 0)
     skip = tl.minimum(tl.maximum(begin - first, 0), count)
@@ -146,7 +148,7 @@ def _part_kernel(
     weigh = tl.log(tl.maximum(gone, 1).to(tl.float32))
     most = tl.full([BLOCK_R], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_R], tl.float32)
-    result = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
+    result = tl.zeros([BLOCK_E, BLOCK_R], tl.float32)
     for start in range(low, tl.minimum(low + share, held), BLOCK_T):
         c = start + tl.arange(0, BLOCK_T)
         # The newest token of a ring's slot: positions before `first` fall back from it by the window.
@@ -155,7 +157,7 @@ def _part_kernel(
         kept = kept | ((c > 0) & (c <= sinks) & (begin + c <= first))
         if COMPENSATE:
             kept = kept | ((c == 0) & (gone > 0))
-        seen = kept[None, :] & (row < rows)[:, None]
+        seen = kept[:, None] & (row < rows)[None, :]
         most, weight, result = _absorb(
             q, key, value, c, kept, tl.where(c == 0, weigh, 0.0), seen, scale, most, weight, result,
             DIM, WIDTH, BLOCK_D, BLOCK_E,
@@ -164,17 +166,17 @@ def _part_kernel(
         t = start + tl.arange(0, BLOCK_T)
         # Of the last block of this share, what is the next share's is not taken.
         mine = t < tl.minimum(low + share - held + skip, stop)
-        seen = mine[None, :] & (t[None, :] <= number[:, None]) & (row < rows)[:, None]
+        seen = mine[:, None] & (t[:, None] <= number[None, :]) & (row < rows)[None, :]
         most, weight, result = _absorb(
             q, new_key, new_value, t, mine, tl.zeros([BLOCK_T], tl.float32), seen, scale, most, weight, result,
             DIM, WIDTH, BLOCK_D, BLOCK_E,
         )  # fmt: skip
-    inside = (row < rows)[:, None] & (e < WIDTH)[None, :]
+    inside = (row < rows)[None, :] & (e < WIDTH)[:, None]
     if SPLIT:
         place = (head * splits + split) * rows + row
         tl.store(peak + place, most, mask=row < rows)
         tl.store(total + place, weight, mask=row < rows)
     else:
         # A query in the padding saw nothing: no weight, and a result of zero.
-        result = result / tl.where(weight == 0.0, 1.0, weight)[:, None]
-    tl.store(part + place[:, None] * WIDTH + e[None, :], result.to(part.dtype.element_ty), mask=inside)
+        result = result / tl.where(weight == 0.0, 1.0, weight)[None, :]
+    tl.store(part + place[None, :] * WIDTH + e[:, None], result.to(part.dtype.element_ty), mask=inside)

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphwright.errors import InvalidArgument
-from graphwright.kernels import hadamard as module
-from graphwright.kernels.hadamard import hadamard, launch, matrix, orders, reference, signs, split
+from graphwright.kernels.hadamard import ROWS, hadamard, matrix, orders, reference, signs, split, tile_fits, warps_of
 
 from .aot import Request, compile_kernels
 from .interpreter import Call, interpret
@@ -134,21 +133,25 @@ def test_the_interpreted_kernel():
 
 def test_the_kernel_compiles_within_the_limits_of_each_device():
     requests = []
-    for n in (64, 576, 1536, 4096):
+    for n, kind in ((64, "*fp32"), (576, "*bf16"), (1536, "*fp32"), (1536, "*bf16"), (4096, "*fp32"), (8192, "*bf16")):
         chosen = split(n)
+        assert tile_fits(n, 2 if kind == "*bf16" else 4)
         names = ("LEFT", "RIGHT", "PADDED_LEFT", "PADDED_RIGHT")
-        constants = dict(zip(names, chosen, strict=True))
-        pointers = {"x": "*bf16", "y": "*bf16", "left": "*i8", "right": "*i8", "factor": "fp32"}
+        constants = {**dict(zip(names, chosen, strict=True)), "ROWS": ROWS}
+        pointers = {"x": kind, "y": kind, "left": "*i8", "right": "*i8", "factor": "fp32", "count": "i32"}
         kernel = "graphwright.kernels.hadamard:_hadamard_kernel"
-        requests += [Request(kernel, pointers, constants, sm, num_warps=8) for sm in (80, 90)]
+        warps = warps_of(chosen)
+        requests += [Request(kernel, pointers, constants, sm, warps, num_stages=2) for sm in (80, 89, 90)]
     for made, request in zip(compile_kernels(requests), requests, strict=True):
         assert made.fits(request.sm), (request, made)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("n", [*SIZES, 4096, 11008])
+@pytest.mark.parametrize("n", [*SIZES, 4096, 8192, 11008, 14336])
 def test_on_the_gpu(n):
     x = torch.randn(7, n)
     assert torch.allclose(hadamard(x.cuda()).cpu(), reference(x), atol=1e-4)
-    assert launch is module.launch
+    half = x.bfloat16()
+    found, wanted = hadamard(half.cuda()).cpu().double(), half.double() @ matrix(n)
+    assert ((found - wanted).abs() <= 2**-8 * wanted.abs() + 2**-14 * half.double().norm(dim=-1, keepdim=True)).all()

@@ -7,11 +7,12 @@ import torch
 
 from graphwright.kernels.fake_quantize import fake_quantize
 from graphwright.kernels.fake_quantize import reference as fake_reference
-from graphwright.kernels.hadamard import split
+from graphwright.kernels.hadamard import ROWS, split, warps_of
 from graphwright.kernels.int4_linear import int4_linear, reference
 from graphwright.kernels.int4_linear_triton import choose_config
 from graphwright.kernels.int4_weight_linear import int4_weight_linear
 from graphwright.kernels.int4_weight_linear import reference as weight_reference
+from graphwright.kernels.int4_weight_linear_triton import choose_few
 
 from .aot import Request, compile_kernels
 from .int4_oracle import assert_close_to_exact, make_int4_case
@@ -88,21 +89,29 @@ def test_kernels_compile_within_the_limits_of_each_device():
             requests.append(Request(kernel, pointers | rest, constants, sm, *launch))
     gemms = len(requests)
     for sm in (80, 90):
-        for n in (1536,) if sm == 80 else (576, 1536):
-            chosen = split(n)
+        signature = {"x": "*bf16", "quantized": "*i8", "token_step": "*fp32", "token_shift": "*i32", "clip": "fp32"}
+        kernel = "graphwright.kernels.token_grid_triton:_{}_kernel"
+        levels = {"LEVELS": 255, "SHIFT": 128}
+        sizes = {"K": "i32"}
+        requests.append(Request(kernel.format("quantize"), signature | sizes, levels | {"BLOCK_K": 8192}, sm, 8))
+        sides = {"left": "*i8", "right": "*i8", "factor": "fp32", "count": "i32"}
+        for n in (1536,) if sm == 80 else (576, 1536, 4096):
             names = ("LEFT", "RIGHT", "PADDED_LEFT", "PADDED_RIGHT")
-            for rotate in (True, False):
-                shape = dict(zip(names, chosen if rotate else (1, 1, 1, 1), strict=True))
-                constants = {"LEVELS": 255, "SHIFT": 128, "ROTATE": rotate, "BLOCK_K": 2048, **shape}
-                signature = {"x": "*bf16", "quantized": "*i8", "token_step": "*fp32", "token_shift": "*i32"}
-                signature |= {"left": "*i8", "right": "*i8", "factor": "fp32", "clip": "fp32", "K": "i32"}
-                kernel = "graphwright.kernels.token_grid_triton:_quantize_kernel"
-                requests.append(Request(kernel, signature, constants, sm, num_warps=8))
+            shape = {**dict(zip(names, split(n), strict=True)), "ROWS": ROWS}
+            constants, warps = levels | shape, warps_of(split(n))
+            requests.append(Request(kernel.format("rotate"), signature | sides, constants, sm, warps, num_stages=2))
         constants = {"HAS_BIAS": True, "GROUP": 64, "BLOCK_M": 64, "HALF": 32, "BLOCK_K": 64}
         signature = {"x": "*bf16", "weight": "*u8", "steps": "*i8", "scale": "*fp32", "bias": "*bf16", "y": "*bf16"}
         signature |= dict.fromkeys("MNKP", "i32")
-        kernel = "graphwright.kernels.int4_weight_linear_triton:_gemm_kernel"
-        requests.append(Request(kernel, signature, constants, sm, aligned=("K", "N", "P")))
+        kernel = "graphwright.kernels.int4_weight_linear_triton:_{}_kernel"
+        requests.append(Request(kernel.format("gemm"), signature, constants, sm, aligned=("K", "N", "P")))
+        for m, item_size in ((1, 2), (40, 2), (16, 4)):
+            few = choose_few(m, 4096, 128, 64, item_size)
+            constants = {"GROUP": 128, "BLOCK_M": few.block_m, "BLOCK_K": few.block_k}
+            kinds = {"x": {2: "*bf16", 4: "*fp32"}[item_size], "weight": "*u8", "steps": "*i8", "part": "*fp32"}
+            kinds |= dict.fromkeys(("M", "N", "K", "P", "tiles"), "i32")
+            launch = (few.num_warps, few.num_stages, ("K", "N", "P"))
+            requests.append(Request(kernel.format("few"), kinds, constants, sm, *launch))
         constants = {"LEVELS": 15, "ROWS": 16, "BLOCK": 64}
         signature = {"x": "*bf16", "y": "*bf16", "M": "i32", "K": "i32", "clip": "fp32"}
         requests.append(Request("graphwright.kernels.fake_quantize_triton:_kernel", signature, constants, sm))

@@ -7,7 +7,7 @@ import torch
 
 from graphwright.kernels.contract import FLOATS
 from graphwright.kernels.nm_sparsify import BLOCKS, nm_sparsify, reference
-from graphwright.kernels.nm_sparsify_triton import PAIRS
+from graphwright.kernels.nm_sparsify_triton import LENGTH, warps_of
 
 from .aot import Request, compile_kernels
 from .interpreter import Call, interpret
@@ -38,9 +38,10 @@ def test_compiles_within_the_limits_of_each_device():
     requests = [
         Request(
             "graphwright.kernels.nm_sparsify_triton:_kernel",
-            {"x": kind, "factors": "*fp32", "y": kind, "blocks": "i32", "blocks_of_row": "i32", "n": "i32"},
-            {"WEIGHTED": True, "TOGETHER": PAIRS // m**2, "M": m},
+            {"x": kind, "factors": "*fp32", "y": kind, "K": "i32", "n": "i32"},
+            {"WEIGHTED": True, "BLOCKS": LENGTH // m, "M": m},
             sm,
+            num_warps=warps_of(LENGTH),
         )
         for sm, m, kind in [(80, 16, "*bf16"), (89, 32, "*fp32"), *((90, m, "*bf16") for m in BLOCKS)]
     ]

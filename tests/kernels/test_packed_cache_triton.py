@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from graphwright.kernels.cache_append import cache_append
-from graphwright.kernels.packed_cache import BITS, FORMS, Packing, dequantize
+from graphwright.kernels.packed_cache import BITS, FORMS, Packing, dequantize, packings
 from graphwright.kernels.quantized_cache_attention import quantized_cache_attention, reference
+from graphwright.kernels.quantized_cache_attention_triton import block_for, forms
 
 from .aot import Request, compile_kernels
 from .interpreter import Call, interpret_groups
@@ -105,7 +106,6 @@ def _pointers(names: str, kind: str) -> dict[str, str]:
 
 
 def _part(sm: int, mode: str, bits: tuple[int, int], dim: int, rows: int, dtype: str) -> Request:
-    forms = {"per_token": (0, 0), "kivi": (1, 2)}[mode]
     signature = {
         "query": dtype,
         **_pointers("k_codes v_codes", "*u8"),
@@ -115,12 +115,14 @@ def _part(sm: int, mode: str, bits: tuple[int, int], dim: int, rows: int, dtype:
         "scale": "fp32",
         **_pointers("count window group heads key_size value_size splits", "i32"),
     }
+    packed = zip(("KEY", "VALUE"), packings(mode, *bits, dim, dim), strict=True)
+    sides = {name: value for side, packing in packed for name, value in forms(side, packing, torch.bfloat16).items()}
+    block_t, warps = block_for(rows, sides["KEY_WORDS"] and sides["VALUE_WORDS"])
     constants = {
-        "DIM": dim, "WIDTH": dim, "KEY_BITS": bits[0], "VALUE_BITS": bits[1], "KEY_FORM": forms[0],
-        "VALUE_FORM": forms[1], "BLOCK_R": rows, "BLOCK_T": 32, "BLOCK_D": dim, "BLOCK_E": dim,
-        "PADDED": True,
+        "DIM": dim, "WIDTH": dim, "KEY_BITS": bits[0], "VALUE_BITS": bits[1], "KIVI": mode == "kivi", "COMPILED": True,
+        "BLOCK_R": rows, "BLOCK_T": block_t, "BLOCK_D": dim, "BLOCK_E": dim, "PADDED": True, **sides,
     }  # fmt: skip
-    return Request(f"{ATTEND}:_part_kernel", signature, constants, sm, num_warps=4 if rows <= 16 else 8, num_stages=2)
+    return Request(f"{ATTEND}:_part_kernel", signature, constants, sm, warps, num_stages=2)
 
 
 def _append(sm: int, form: int, bits: int, dim: int) -> Request:
@@ -139,7 +141,15 @@ def _append(sm: int, form: int, bits: int, dim: int) -> Request:
 
 
 def test_kernels_compile_within_the_limits_of_each_device():
-    parts = (("per_token", (4, 2), 128, 16), ("kivi", (2, 4), 128, 16), ("kivi", (8, 8), 128, 64))
+    parts = (
+        ("per_token", (4, 2), 128, 8),
+        ("per_token", (8, 8), 128, 16),
+        ("per_token", (4, 4), 128, 16),
+        ("kivi", (4, 4), 128, 16),
+        ("per_token", (4, 8), 128, 32),
+        ("kivi", (2, 4), 128, 16),
+        ("kivi", (8, 8), 128, 32),
+    )
     requests = [_part(sm, *part, "*bf16") for sm in (80, 89, 90) for part in parts]
     requests += [_append(sm, form, bits, 128) for sm in (80, 90) for form, bits in ((0, 4), (1, 2), (2, 8))]
     for made, request in zip(compile_kernels(requests), requests, strict=True):
