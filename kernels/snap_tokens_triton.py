@@ -92,7 +92,7 @@ def _parent(x, limit, group, root, parent, holds, size, stride, row, cs, WINDOW:
     behind = at % WINDOW
     start = root - behind * stride
     inside = holds & (behind != 0) & (at - behind + WINDOW <= size)
-    delta = _delta(x, start.to(tl.int64) * row + cs[None, :], stride.to(tl.int64) * row, inside, WINDOW)
+    delta = _delta(x, start.to(tl.int64) * row + cs[None, :], tl.cast(stride, tl.int64) * row, inside, WINDOW)
     if SHARED > 0:
         squares = delta * delta
         shared = tl.zeros_like(delta)
@@ -122,7 +122,7 @@ def _snap_kernel(
     limit = tl.load(factors + cs, mask=channel, other=0.0) * tl.load(theta)
     video = (tokens >= first) & (tokens < first + frames * height * width)
     holds = video[:, None] & channel[None, :]
-    base = x + first * x_n.to(tl.int64)
+    base = x + first * tl.cast(x_n, tl.int64)
     root = (tokens - first)[:, None] + tl.zeros([BLOCK_N, BLOCK_D], tl.int32)
     one = frames * 0 + 1
     for _ in tl.static_range(ALONG_T + ALONG_H + ALONG_W):

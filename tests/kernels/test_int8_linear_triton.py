@@ -84,6 +84,7 @@ def _gemm(sm: int, config: Config, aligned: bool) -> Request:
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
             "EVEN_K": False,
+            "FEW": config.block_m <= 16,
         },
         sm,
         config.num_warps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -64,6 +66,10 @@ def test_interpreted_roots_strides_and_nothing():
 def test_configurations_compile_within_the_limits_of_each_device():
     requests = [_request(80, 256, "fp32", 0, 2), _request(89, 128, "bf16", 3, 2), _request(90, 128, "fp16", 1, 4)]
     requests.append(_request(90, 64, "bf16", 1, 2, roots=True))
+    # Sizes of one are constants to Triton.
+    flat = _request(90, 64, "fp32", 0, 2)
+    kinds = {name: kind for name, kind in flat.signature.items() if name != "width"}
+    requests.append(replace(flat, signature=kinds, constants={**flat.constants, "width": 1}))
     for made, request in zip(compile_kernels(requests), requests, strict=True):
         assert made.fits(request.sm), (request, made)
 
