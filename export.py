@@ -106,6 +106,8 @@ def _exporter(target: Target, path: Path) -> Callable[..., list[Path]]:
         from .lowering.to_onnx.write import export as run
     elif target == "aoti":
         from .lowering.to_aoti.write import export as run
+    elif target == "tensorrt_rtx":
+        from .lowering.to_tensorrt_rtx.write import export as run
     else:
         raise UnsupportedLowering(f"{path}: graphwright writes no {target} files yet; export .onnx instead")
     return run

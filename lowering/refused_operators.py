@@ -1,4 +1,4 @@
-"""Targets that take none of graphwright's operators: each is refused by name.
+"""A target that takes none of graphwright's operators: each is refused by name.
 
 An operator is listed here, and not refused as a whole with the others, so that who adds one has to decide.
 """
@@ -33,11 +33,7 @@ REFUSED = (
     "window_cache_attention",
     "window_lists",
 )
-TARGETS = {
-    "tensorrt": "graphwright has no TensorRT plugins; export .onnx with ops='portable': standard operators only",
-    "tensorrt_rtx": "TensorRT-RTX takes no plugins; export .onnx with ops='portable': standard operators only",
-}
+REASON = "graphwright has no TensorRT plugins; export .onnx with ops='portable': standard operators only"
 
-for _target, _reason in TARGETS.items():
-    for _name in REFUSED:
-        refuse(_name, _target, _reason)
+for _name in REFUSED:
+    refuse(_name, "tensorrt", REASON)

@@ -30,7 +30,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "aoti": ("to_aoti.operators",),
     "onnx": ("to_onnx.operators", "to_onnx.quantized"),
     "tensorrt": ("refused_operators",),
-    "tensorrt_rtx": ("refused_operators",),
+    "tensorrt_rtx": ("to_tensorrt_rtx.operators",),
 }
 """Target -> the modules of this folder that register its lowerings."""
 

@@ -175,7 +175,7 @@ def test_export(folder, printed) -> None:
 def test_dry_run_says_what_operators_become(printed) -> None:
     assert "MatMulIntegerToFloat (com.microsoft)" in printed["dry run"]
     (row,) = json.loads(printed["dry run as json"])["phases"]["main"]
-    assert row["becomes"].startswith("refused: graphwright has no TensorRT plugins")
+    assert row["becomes"] == "DequantizeLinear of an 8-bit weight, MatMul"
 
 
 def test_methods_and_help_name_what_there_is(printed) -> None:
@@ -226,6 +226,10 @@ WRONG = {
     "foreign profile": (
         ("optimize", "{folder}/mlp.pt2", "-o", "{tmp}/out.gw", "--profile", "{tmp}/foreign"),
         "foreign",
+    ),
+    "unknown size": (
+        ("export", "{folder}/mlp.gw", "-o", "{tmp}/mlp.engine", "--size", "x=1,2,3"),
+        "size 'x=1,2,3' is not INPUT:DIMENSION=LEAST,USUAL,LARGEST",
     ),
     "unknown keep": (("optimize", "{folder}/mlp.pt2", "--keep", "all", "-o", "{tmp}/out.gw"), "keep must be"),
     "budget without methods": (("optimize", "{folder}/mlp.pt2", "--max-error", "1", "-o", "{tmp}/out.gw"), "a budget"),

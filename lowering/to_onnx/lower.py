@@ -31,7 +31,7 @@ from ...passes.copy_exported import copy_exported
 from ..apply import apply
 from ..registry import Choice, choose_all, require
 from ..state_io import Interface, without_state
-from ..targets import require_packages
+from ..targets import Target, require_packages
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -82,7 +82,12 @@ def plan(exported: ExportedProgram, ops: str = "portable") -> list[Choice]:
 
 
 def lower_onnx(
-    exported: ExportedProgram, *, opset: int = 23, ops: str = "portable", shared: dict[str, Tensor] | None = None
+    exported: ExportedProgram,
+    *,
+    opset: int = 23,
+    ops: str = "portable",
+    shared: dict[str, Tensor] | None = None,
+    target: Target = "onnx",
 ) -> OnnxModel:
     """Lower one phase.
 
@@ -91,6 +96,7 @@ def lower_onnx(
         opset: 23 or 24.
         ops: What graphwright's operators become, see the module.
         shared: Tensors that lowering makes anew, by name, for the phases to share.
+        target: Whose lowerings are taken: ONNX's own, or those of a target that reads ONNX.
 
     Raises:
         InvalidArgument: An opset or `ops` that does not exist.
@@ -99,8 +105,8 @@ def lower_onnx(
     """
     check_options(opset, ops)
     require_packages("onnx")
-    choices = plan(exported, ops)
-    require(choices, "onnx")
+    choices = plan(exported, ops) if target == "onnx" else choose_all(exported.graph.nodes, target)
+    require(choices, target)
     program = copy_exported(exported)
     calls = {node.name: node for node in program.graph.nodes}
     own = [Choice(calls[choice.node.name], choice.lowering, choice.passed_over) for choice in choices]
