@@ -86,7 +86,7 @@ def _triple(exported: ExportedProgram, size: Any, asked: Mapping[sympy.Symbol, S
             if largest is None:
                 hint = f"capture it with Dim(max=...), or export with sizes={{{where.split('[')[0]!r}: ...}}"
                 raise UnsupportedLowering(f"tensorrt_rtx: {where} has no largest size: {hint}")
-            usual = symbol_facts(size.node.shape_env, symbol)[0]
+            usual: Any = symbol_facts(size.node.shape_env, symbol)[0]
             given = (least, min(max(int(usual or least), least), largest), largest)
         for end, value in zip(ends, given, strict=True):
             end[symbol] = value
@@ -94,7 +94,7 @@ def _triple(exported: ExportedProgram, size: Any, asked: Mapping[sympy.Symbol, S
 
 
 def _captured(exported: ExportedProgram, size: Any, symbol: sympy.Symbol) -> tuple[int, int | None]:
-    bounds = exported.range_constraints.get(symbol) or symbol_facts(size.node.shape_env, symbol)[1]
+    bounds: Any = exported.range_constraints.get(symbol) or symbol_facts(size.node.shape_env, symbol)[1]
     assert bounds is not None
     # An unbounded size is infinite here, or the largest integer.
     largest = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**31 else None
@@ -103,12 +103,12 @@ def _captured(exported: ExportedProgram, size: Any, symbol: sympy.Symbol) -> tup
 
 def _shapes(exported: ExportedProgram) -> dict[str, Sequence[Any]]:
     """Sizes of the user's tensors, by input."""
-    fakes = {node.name: node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")}
+    fakes: dict[str, Any] = {node.name: node.meta.get("val") for node in exported.graph.find_nodes(op="placeholder")}
     users = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     return {name: value.shape for name in users if isinstance(value := fakes.get(name), Tensor)}
 
 
-def _expression(size: Any) -> sympy.Expr:
+def _expression(size: Any) -> Any:
     return size.node.expr
 
 
