@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 Ops = Literal["portable", "ort", "function"]
 OPSETS = (23, 24)
+Translations = Callable[[ExportedProgram], dict[Any, Callable[..., Any]]]
+"""Of the operators that a program calls: operator -> a function that builds ONNX nodes for it."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def lower_onnx(
     ops: str = "portable",
     shared: dict[str, Tensor] | None = None,
     target: Target = "onnx",
+    kept: Translations | None = None,
 ) -> OnnxModel:
     """Lower one phase.
 
@@ -97,6 +100,7 @@ def lower_onnx(
         ops: What graphwright's operators become, see the module.
         shared: Tensors that lowering makes anew, by name, for the phases to share.
         target: Whose lowerings are taken: ONNX's own, or those of a target that reads ONNX.
+        kept: Translations of the calls that the target's lowerings keep; nodes of functions by default.
 
     Raises:
         InvalidArgument: An opset or `ops` that does not exist.
@@ -111,7 +115,7 @@ def lower_onnx(
     calls = {node.name: node for node in program.graph.nodes}
     own = [Choice(calls[choice.node.name], choice.lowering, choice.passed_over) for choice in choices]
     program, interface = without_state(apply(program, own, shared))
-    model = translate(program)
+    model = translate(program, kept)
     if ops == "function":
         from .functions import attach
 
@@ -133,8 +137,8 @@ def _lower_one(program: ExportedProgram) -> ir.Model:
     return model
 
 
-def translate(program: ExportedProgram) -> ir.Model:
-    """A stateless program of ATen and carriers as a model of opset 23.
+def translate(program: ExportedProgram, kept: Translations | None = None) -> ir.Model:
+    """A stateless program of ATen, carriers and kept calls as a model of opset 23.
 
     Raises:
         UnsupportedLowering: torch.onnx has no translation of an operator.
@@ -146,7 +150,7 @@ def translate(program: ExportedProgram) -> ir.Model:
     from .translations import translations
 
     # Opset 24 extends types only, of what is emitted here; torch.onnx fuses rotary embeddings for 23 alone.
-    table = translations() | function_translations(program)
+    table = translations() | (kept or function_translations)(program)
     with _quiet():
         try:
             made: Any = torch.onnx.export(

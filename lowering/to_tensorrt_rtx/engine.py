@@ -15,7 +15,7 @@ import tensorrt_rtx as trt
 
 from ...errors import InvalidArgument, UnsupportedLowering
 from ...progress import Progress
-from .sizes import Profile
+from ..engine_sizes import Profile
 
 
 @dataclass(frozen=True)

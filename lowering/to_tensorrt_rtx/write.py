@@ -15,19 +15,18 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from ...archive.signature import write_call
 from ...progress import Progress
 from ...replace_files import replacing_files
+from ..engine_description import describe_phase, describe_program
+from ..engine_sizes import Sizes, check_sizes, profile
 from ..source import Source
 from ..targets import require_packages
-from ..to_onnx.lower import OnnxModel, lower_onnx
-from ..to_onnx.write import constant, state_file
-from .sizes import Profile, Sizes, check_sizes, profile
+from ..to_onnx.lower import lower_onnx
+from ..to_onnx.write import state_file
 
 CAPABILITIES = ("sm_86", "sm_89", "sm_120")
 """RTX cards since 2020: Ampere, Ada and Blackwell."""
@@ -69,7 +68,7 @@ def export(
     sizes = sizes or {}
     check_sizes([phase.exported for phase in source.phases.values()], sizes)
     profiles = {name: profile(phase.exported, sizes) for name, phase in source.phases.items()}
-    stored = {name: value.contiguous() for name, value in source.initial.items() if constant(value) is None}
+    common, stored = describe_program(source)
     with replacing_files(path) as folder, Progress(progress) as bar:
         shared: dict[str, Tensor] = {}
         phases = []
@@ -79,9 +78,9 @@ def export(
                 write_models({f"{name}.onnx": made.model}, Path(models), "weights")
                 engine = build_engine(Path(models, f"{name}.onnx"), profiles[name], compute_capabilities, tf32, bar)
             (folder / file).write_bytes(engine.content)
-            told = _phase(source, name, made, profiles[name]) | {"file": file, "seconds": round(engine.seconds, 2)}
+            told = describe_phase(source, name, made, profiles[name]) | {"file": file, "seconds": round(engine.seconds, 2)}
             phases.append(told | {"layers": [{"name": name, "kind": kind} for name, kind in engine.layers]})
-        document = _program(source, stored) | {"compute_capabilities": list(compute_capabilities), "phases": phases}
+        document = common | {"compute_capabilities": list(compute_capabilities), "phases": phases}
         description_file(folder / path.name).write_text(json.dumps(document, indent=1), encoding="utf-8")
         if stored:
             safetensors.torch.save_file(stored, state_file(folder / path.name))
@@ -91,26 +90,3 @@ def export(
 def description_file(path: Path) -> Path:
     """Where it stands how the engines are called."""
     return path.with_name(f"{path.name}.json")
-
-
-def _program(source: Source, stored: dict[str, Tensor]) -> dict[str, Any]:
-    """What the phases have in common."""
-    return {
-        "version": 1,
-        "kind": source.kind,
-        "inputs": list(source.inputs),
-        "state": {name: None if name in stored else constant(value) for name, value in source.initial.items()},
-    }
-
-
-def _phase(source: Source, name: str, made: OnnxModel, sizes: Profile) -> dict[str, Any]:
-    """When a phase runs and what its engine takes."""
-    return {
-        "plan": source.phases[name].plan.model_dump(mode="json"),
-        "inputs": made.interface.input_names,
-        "leaves": list(made.interface.leaves),
-        "outputs": made.interface.output_names,
-        "sizes": sizes,
-        "call": write_call(source.phases[name].exported),
-        "operators": {choice.node.name: choice.lowering.becomes for choice in made.choices if choice.lowering},
-    }

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from ...errors import InvalidArgument, UnsupportedLowering
-from ...torch_private import symbol_facts
+from ..errors import InvalidArgument, UnsupportedLowering
+from ..torch_private import symbol_facts
 
 Sizes = Mapping[str, Mapping[int, Sequence[int]]]
 Profile = dict[str, list[tuple[int, ...]]]
@@ -85,7 +85,7 @@ def _triple(exported: ExportedProgram, size: Any, asked: Mapping[sympy.Symbol, S
             least, largest = _captured(exported, size, symbol)
             if largest is None:
                 hint = f"capture it with Dim(max=...), or export with sizes={{{where.split('[')[0]!r}: ...}}"
-                raise UnsupportedLowering(f"tensorrt_rtx: {where} has no largest size: {hint}")
+                raise UnsupportedLowering(f"{where} has no largest size: {hint}")
             usual: Any = symbol_facts(size.node.shape_env, symbol)[0]
             given = (least, min(max(int(usual or least), least), largest), largest)
         for end, value in zip(ends, given, strict=True):
