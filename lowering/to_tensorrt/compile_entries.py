@@ -8,7 +8,7 @@ passes, and it is counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 ARCHITECTURES = tuple(SHARED_MEMORY)
 
 
-def compile_plugins(plugins: Plugins, architectures: tuple[int, ...], folder: Path, bar: Progress) -> list[dict[str, Any]]:
+def compile_plugins(
+    plugins: Plugins, architectures: tuple[int, ...], folder: Path, bar: Progress
+) -> list[dict[str, Any]]:
     """Write the PTX of all plugins, and say how each is launched.
 
     Args:
@@ -36,72 +38,92 @@ def compile_plugins(plugins: Plugins, architectures: tuple[int, ...], folder: Pa
     Returns:
         The manifest's entry of each plugin.
     """
-    total = len(architectures) * sum(len(plugin.tactics) for plugin in plugins.by_name.values())
-    with bar.stage("PTX", total):
-        return [_describe(name, plugin, architectures, folder, bar) for name, plugin in plugins.by_name.items()]
+    kernels = {
+        name: [_Kernel.of(plugin, tactic, number) for tactic in plugin.tactics for number in architectures]
+        for name, plugin in plugins.by_name.items()
+    }
+    made: dict[_Kernel, dict[str, Any]] = {}
+    distinct = dict.fromkeys(kernel for found in kernels.values() for kernel in found)
+    with bar.stage("PTX", len(distinct)):
+        for kernel in distinct:
+            made[kernel] = _compile(kernel)
+            same = sum(known.entry == kernel.entry and known.architecture == kernel.architecture for known in made)
+            made[kernel]["file"] = f"{kernel.entry}.{same}.sm_{kernel.architecture}.ptx"
+            (folder / made[kernel]["file"]).write_text(made[kernel].pop("ptx"), encoding="utf-8")
+            bar.step(kernel.entry)
+    return [_describe(name, plugin, made, architectures) for name, plugin in plugins.by_name.items()]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """What is compiled: plugins that differ in what they pass only have the same."""
+
+    entry: str
+    arguments: tuple[tuple[str, bool], ...]
+    constants: tuple[tuple[str, int | float | bool], ...]
+    num_warps: int
+    num_stages: int
+    architecture: int
+
+    @classmethod
+    def of(cls, plugin: Plugin, tactic: Tactic, architecture: int) -> _Kernel:
+        """A plugin's kernel; the types of its arguments, and whether they are multiples of 16 (pointers always are)."""
+        arguments = (
+            *((f"*{tensor.element}", True) for tensor in plugin.inputs),
+            *(("i32", integer.aligned) for integer in plugin.integers),
+            *((f"*{tensor.element}", True) for tensor in plugin.outputs),
+        )
+        return cls(plugin.entry, arguments, tactic.constants, tactic.num_warps, tactic.num_stages, architecture)
 
 
 def _describe(
-    name: str, plugin: Plugin, architectures: tuple[int, ...], folder: Path, bar: Progress
+    name: str, plugin: Plugin, made: dict[_Kernel, dict[str, Any]], architectures: tuple[int, ...]
 ) -> dict[str, Any]:
-    tactics = []
-    for number, tactic in enumerate(plugin.tactics, 1):
-        kernels = {}
-        for architecture in architectures:
-            made = _compile(plugin, tactic, architecture)
-            file = f"{name}.{number}.sm_{architecture}.ptx"
-            (folder / file).write_text(made.pop("ptx"), encoding="utf-8")
-            kernels[f"sm_{architecture}"] = {"file": file, **made}
-            bar.step(name)
-        tactics.append({"constants": dict(tactic.constants), "grid": tactic.grid, "kernels": kernels})
     return {
         "name": name,
         "inputs": [tensor.kind for tensor in plugin.inputs],
         "integers": [{"name": integer.name, "value": integer.value} for integer in plugin.integers],
         "outputs": [{"type": tensor.kind, "shape": tensor.shape} for tensor in plugin.outputs],
-        "parameters": len(plugin.inputs) + len(plugin.integers) + len(plugin.outputs),
-        "tactics": tactics,
+        "tactics": [
+            {
+                "constants": dict(tactic.constants),
+                "grid": tactic.grid,
+                "kernels": {f"sm_{number}": made[_Kernel.of(plugin, tactic, number)] for number in architectures},
+            }
+            for tactic in plugin.tactics
+        ],
     }
 
 
-def _compile(plugin: Plugin, tactic: Tactic, architecture: int) -> dict[str, Any]:
+def _compile(kernel: _Kernel) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from . import entries
 
-    kernel = getattr(entries, plugin.entry)
-    constants = dict(tactic.constants)
-    given = _arguments(plugin)
-    signature = {argument: "constexpr" if argument in constants else next(given) for argument in kernel.arg_names}
-    aligned = {integer.name for integer in plugin.integers if integer.aligned}
-    attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") or argument in aligned
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tactic.num_warps, "num_stages": tactic.num_stages}
-    where = f"tensorrt: {plugin.entry} for sm_{architecture}"
+    function, constants, given = getattr(entries, kernel.entry), dict(kernel.constants), iter(kernel.arguments)
+    signature, attributes = {}, {}
+    for place, argument in enumerate(function.arg_names):
+        signature[argument], aligned = ("constexpr", False) if argument in constants else next(given)
+        if aligned:
+            attributes[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    where = f"tensorrt: {kernel.entry} for sm_{kernel.architecture}"
     try:
-        made: Any = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        made: Any = triton.compile(source, target=GPUTarget("cuda", kernel.architecture, 32), options=options)
     except Exception as error:  # Triton's errors have no common base
         raise UnsupportedLowering(f"{where} does not compile: {str(error).strip().splitlines()[-1]}") from error
-    if made.metadata.shared > SHARED_MEMORY[architecture]:
+    if made.metadata.shared > SHARED_MEMORY[kernel.architecture]:
         raise UnsupportedLowering(f"{where} needs {made.metadata.shared} bytes of shared memory a block, too many")
     return {
         "entry": made.metadata.name,
+        "parameters": len(kernel.arguments),
         "threads": 32 * made.metadata.num_warps,
         "shared_memory": made.metadata.shared,
         "ptx": without_scratch(made.asm["ptx"], made.metadata.name),
     }
-
-
-def _arguments(plugin: Plugin) -> Iterator[str]:
-    yield from (f"*{tensor.element}" for tensor in plugin.inputs)
-    yield from ("i32" for _ in plugin.integers)
-    yield from (f"*{tensor.element}" for tensor in plugin.outputs)
 
 
 def without_scratch(ptx: str, entry: str) -> str:

@@ -29,7 +29,9 @@ _jit: Callable[..., Any] = triton.jit
 
 
 @_jit
-def fake_quantize(x, M, y, K: tl.constexpr, CLIP: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def fake_quantize(
+    x, M, y, K: tl.constexpr, CLIP: tl.constexpr, LEVELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     _fake_quantize(x, y, M, K, CLIP, LEVELS, ROWS, BLOCK)
 
 

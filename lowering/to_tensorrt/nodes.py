@@ -184,7 +184,9 @@ class _Emit:
         integers = [Integer("M", _rows(k)), _aligned("N", n), _aligned("K", k), _aligned("P", channels)]
         return self._node("int4_weight_product", inputs, integers, [_wide(x, n)], dict.fromkeys(tactics))
 
-    def block_sparse_attention(self, *tensors: Any, key_blocks: int, block_size: int, scale: float | None = None) -> Any:
+    def block_sparse_attention(
+        self, *tensors: Any, key_blocks: int, block_size: int, scale: float | None = None
+    ) -> Any:
         return self.block_sparse_attention_lse(*tensors, key_blocks=key_blocks, block_size=block_size, scale=scale)[0]
 
     def block_sparse_attention_lse(
@@ -237,7 +239,9 @@ class _Emit:
         inputs = [query, key, value, counts, blocks, *(counts if x is None else x for x in (pattern, key_bias))]
         integers = [_aligned(name, number) for name, number in numbers.items()]
         outputs = [_like(query), _tensor("FLOAT", _shape(query)[:-1])]
-        tactic = _tactic(constants, [batch * heads * -(-queries // config.block_m)], config.num_warps, config.num_stages)
+        tactic = _tactic(
+            constants, [batch * heads * -(-queries // config.block_m)], config.num_warps, config.num_stages
+        )
         return self._node("attend", inputs, integers, outputs, [tactic])
 
     def snap_tokens(
@@ -303,7 +307,7 @@ class _Emit:
         outputs: Sequence[Tensor],
         tactics: Iterable[Tactic],
     ) -> Any:
-        """A node of a plugin, and the plugin if there is none that is equal; one value, or as many as it has outputs."""
+        """A node, and its plugin if there is none that is equal; one value, or as many as it has outputs."""
         import onnx
         import onnx_ir as ir
         from onnxscript import values
@@ -337,8 +341,8 @@ def _tensor(kind: str, shape: Sequence[Expression] = ()) -> Tensor:
 
 
 def _shape(x: Any) -> list[Expression]:
-    """The shape of an output like the node's first input."""
-    return [size if isinstance(size, int) else ("size", 0, place) for place, size in enumerate(x.shape)]
+    """The shape of an output like the node's first input: not as numbers, so that phases share plugins."""
+    return [("size", 0, place) for place in range(len(x.shape))]
 
 
 def _like(x: Any, kind: str = "") -> Tensor:

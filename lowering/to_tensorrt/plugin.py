@@ -27,7 +27,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Integer:
-    """An int32 argument; `aligned` says that it is a multiple of 16, which lets Triton load several elements at once."""
+    """An int32 argument; `aligned`: it is a multiple of 16, which lets Triton load several elements at once."""
 
     name: str
     value: Expression

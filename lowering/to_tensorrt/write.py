@@ -82,7 +82,11 @@ def export(
     common, stored = describe_program(source)
     plugins, shared = Plugins(), dict[str, Tensor]()
     model = path.with_suffix(".onnx")
-    with replacing_file(path) as made, tempfile.TemporaryDirectory(dir=path.parent) as temporary, Progress(progress) as bar:
+    with (
+        replacing_file(path) as made,
+        tempfile.TemporaryDirectory(dir=path.parent) as temporary,
+        Progress(progress) as bar,
+    ):
         folder = Path(temporary)
         models, phases = {}, []
         for name, file in source.files(model).items():

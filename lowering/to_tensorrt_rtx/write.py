@@ -78,8 +78,9 @@ def export(
                 write_models({f"{name}.onnx": made.model}, Path(models), "weights")
                 engine = build_engine(Path(models, f"{name}.onnx"), profiles[name], compute_capabilities, tf32, bar)
             (folder / file).write_bytes(engine.content)
-            told = describe_phase(source, name, made, profiles[name]) | {"file": file, "seconds": round(engine.seconds, 2)}
-            phases.append(told | {"layers": [{"name": name, "kind": kind} for name, kind in engine.layers]})
+            layers = [{"name": layer, "kind": kind} for layer, kind in engine.layers]
+            built = {"file": file, "seconds": round(engine.seconds, 2), "layers": layers}
+            phases.append(describe_phase(source, name, made, profiles[name]) | built)
         document = common | {"compute_capabilities": list(compute_capabilities), "phases": phases}
         description_file(folder / path.name).write_text(json.dumps(document, indent=1), encoding="utf-8")
         if stored:

@@ -1,6 +1,6 @@
 """Builds a TensorRT engine of each phase, on the device that it is to run on.
 
-    python build.py --output engines
+python build.py --output engines
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     import plugins
     plugins.register_plugins(folder, "sm_90")
 
-A plugin passes its inputs, then integers computed from their shapes, then its outputs. TensorRT times the tactics of each
-plugin when it builds an engine, and keeps the kernel of the fastest in it: engines need neither this file nor Python.
+A plugin passes its inputs, then integers computed from their shapes, then its outputs. TensorRT times the tactics of
+each plugin when it builds an engine, and keeps the kernel of the fastest in it: engines need neither this file nor
+Python.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def choose_architecture(major: int, minor: int, offered: list[str]) -> str:
     device = 10 * major + minor
     fitting = [number for number in numbers if number <= device and (number != 90 or major == 9)]
     if not fitting:
-        raise SystemExit(f"the device has compute capability {major}.{minor}; there are kernels for {', '.join(offered)}")
+        raise SystemExit(f"a device of capability {major}.{minor}; there are kernels for {', '.join(offered)}")
     return f"sm_{max(fitting)}"
 
 
@@ -105,8 +106,10 @@ def _register(identifier: str, plugin: dict[str, Any], folder: Path, architectur
 
     names = [f"x{place}" for place in range(count)]
     outputs = tuple[(trtp.TensorDesc,) * len(plugin["outputs"])]
-    _give_signature(describe, {name: trtp.TensorDesc for name in names}, outputs)
-    _give_signature(autotune, dict.fromkeys([*names, "outputs"], inspect.Parameter.empty), list[trtp.AutoTuneCombination])
+    _give_signature(describe, dict.fromkeys(names, trtp.TensorDesc), outputs)
+    _give_signature(
+        autotune, dict.fromkeys([*names, "outputs"], inspect.Parameter.empty), list[trtp.AutoTuneCombination]
+    )
     _give_signature(
         launch,
         dict.fromkeys([*names, "outputs", "tactic"], inspect.Parameter.empty),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from graphwright.lowering.engine_sizes import profile
 from graphwright.lowering.to_onnx.lower import lower_onnx
 from graphwright.lowering.to_onnx.models import write_models
-from graphwright.lowering.engine_sizes import profile
 from graphwright.progress import Progress
 from tests.lowering.operator_calls import Call
 from tests.lowering.to_onnx.run_model import error_of, run
