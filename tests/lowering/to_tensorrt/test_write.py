@@ -93,6 +93,10 @@ def test_models_call_the_plugins_of_the_manifest(bundle, manifest):
                     assert onnx.TensorProto.DataType.Name(stored[name].data_type) == {"FP32": "FLOAT"}.get(kind, kind)
 
 
+KINDS = {"inputs": ".u64", "integers": ".u32", "outputs": ".u64"}
+"""What is passed, in this order -> its type in PTX."""
+
+
 def entry_parameters(ptx, entry):
     return re.search(rf"\.entry {entry}\(([^)]*)\)", ptx)[1].split(",")
 
@@ -100,9 +104,7 @@ def entry_parameters(ptx, entry):
 def test_kernels_take_what_plugins_pass(bundle, manifest):
     assert len(kernels_of(manifest)) > 20
     for plugin in manifest["plugins"]:
-        passed = (
-            [".u64"] * len(plugin["inputs"]) + [".u32"] * len(plugin["integers"]) + [".u64"] * len(plugin["outputs"])
-        )
+        passed = [kind for part, kind in KINDS.items() for _ in plugin[part]]
         for tactic in plugin["tactics"]:
             assert list(tactic["kernels"]) == ["sm_80", "sm_89", "sm_90"]
             for architecture, kernel in tactic["kernels"].items():
