@@ -175,18 +175,22 @@ def export(
     program: Saved,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="What to write: .onnx, .pt2 for AOTInductor, .engine for TensorRT-RTX."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="What to write: .onnx, .pt2 for AOTInductor, .engine for TensorRT-RTX, .zip for TensorRT.",
+        ),
     ],
     ops: Annotated[str, typer.Option(help="Operators in ONNX: 'portable', 'ort' or 'function'.")] = "portable",
     opset: Annotated[int, typer.Option(help="ONNX opset: 23 or 24.")] = 23,
     capability: Annotated[
-        list[str] | None, typer.Option(help="What an .engine runs on: sm_75, sm_80, sm_86, sm_89, sm_120 or sm_121.")
+        list[str] | None, typer.Option(help="What an .engine runs on, such as sm_89; for a .zip sm_80, sm_89 or sm_90.")
     ] = None,
     size: Annotated[
         list[str] | None,
-        typer.Option(help="A dynamic size of an .engine: INPUT:DIMENSION=LEAST,USUAL,LARGEST; the captured ones else."),
+        typer.Option(help="A dynamic size of engines: INPUT:DIMENSION=LEAST,USUAL,LARGEST; the captured ones else."),
     ] = None,
-    tf32: Annotated[bool, typer.Option(help="Let an .engine round factors of float32 products.")] = False,
+    tf32: Annotated[bool, typer.Option(help="Let engines round factors of float32 products.")] = False,
     dry: Annotated[bool, typer.Option("--dry-run", help="Only say what each operator would become.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -201,9 +205,9 @@ def export(
         return
     check_writable(output)
     options: dict[str, Any] = {"ops": ops, "opset": opset} if output.suffix == ".onnx" else {}
-    if output.suffix == ".engine":
-        options = {"sizes": _parse_sizes(size or ()), "tf32": tf32}
-        options |= {"compute_capabilities": capability} if capability else {}
+    capabilities = {".engine": "compute_capabilities", ".zip": "architectures"}.get(output.suffix)
+    if capabilities is not None:
+        options = {"sizes": _parse_sizes(size or ()), "tf32": tf32} | ({capabilities: capability} if capability else {})
     files = load(program).export(output, **options)
     sizes = {str(file): file.stat().st_size for file in files}
     print(json.dumps(sizes) if as_json else "\n".join(f"{name}  {size / 1e6:.1f} MB" for name, size in sizes.items()))

@@ -336,10 +336,10 @@ class Program:
 
         Args:
             path: `.onnx` for ONNX models, which `gw.load` opens; `.pt2` for AOTInductor packages; `.engine` for
-                engines of TensorRT-RTX.
+                engines of TensorRT-RTX; `.zip` for all that builds engines of TensorRT elsewhere.
             options: The target's: `opset` (23 or 24) and `ops` ("portable", "ort" or "function") for ONNX;
-                `compute_capabilities` (such as "sm_89"), `sizes` (input -> dimension -> least, usual and largest) and
-                `tf32` for TensorRT-RTX.
+                `compute_capabilities` (such as "sm_89") for TensorRT-RTX, `architectures` for TensorRT, and for both
+                `sizes` (input -> dimension -> least, usual and largest) and `tf32`.
 
         Returns:
             The files: one a phase, and what they share.
