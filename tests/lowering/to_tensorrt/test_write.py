@@ -206,7 +206,8 @@ def test_a_missing_package_is_named_with_the_command(program, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("no space left")])
-def test_an_interrupted_export_leaves_what_was_there(program, tmp_path, monkeypatch, stop):
+def test_an_interrupted_export_leaves_what_was_there(tmp_path, monkeypatch, stop):
+    program = gw.optimize(Mlp().eval(), (X,), progress=False)
     path = tmp_path / "m.zip"
     path.write_text("what was there")
 
