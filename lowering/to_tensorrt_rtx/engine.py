@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import threading
 import time
@@ -11,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tensorrt_rtx as trt
-
 from ...errors import InvalidArgument, UnsupportedLowering
 from ...progress import Progress
 from ..engine_sizes import Profile
+
+trt: Any = importlib.import_module("tensorrt_rtx")
+"""Compiled, with no types that a checker could read."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def build_engine(model: Path, profile: Profile, capabilities: Sequence[str], tf3
     return Engine(content, kinds, time.perf_counter() - started)
 
 
-def _parse(network: trt.INetworkDefinition, log: trt.ILogger, model: Path) -> None:
+def _parse(network: Any, log: _Log, model: Path) -> None:
     parser = trt.OnnxParser(network, log)
     if parser.parse_from_file(str(model)):
         return
@@ -104,7 +106,7 @@ def _parse(network: trt.INetworkDefinition, log: trt.ILogger, model: Path) -> No
     )
 
 
-def _let_attention_decompose(network: trt.INetworkDefinition) -> None:
+def _let_attention_decompose(network: Any) -> None:
     """Attention without a kernel of its own (float32, say) is built from products and a softmax, not refused."""
     for place in range(network.num_layers):
         layer = network.get_layer(place)
