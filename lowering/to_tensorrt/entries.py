@@ -37,10 +37,9 @@ def fake_quantize(
 
 @_jit
 def nm_sparsify(
-    x, factors, M, y,
-    BLOCKS_OF_ROW: tl.constexpr, KEPT: tl.constexpr, WEIGHTED: tl.constexpr, TOGETHER: tl.constexpr, OF: tl.constexpr,
-):  # fmt: skip
-    _nm_sparsify(x, factors, y, M, BLOCKS_OF_ROW, KEPT, WEIGHTED, TOGETHER, OF)
+    x, factors, y, K: tl.constexpr, KEPT: tl.constexpr, WEIGHTED: tl.constexpr, BLOCKS: tl.constexpr, OF: tl.constexpr
+):
+    _nm_sparsify(x, factors, y, K, KEPT, WEIGHTED, BLOCKS, OF)
 
 
 @_jit
@@ -61,8 +60,9 @@ def select_tokens(
 def int8_product(
     quantized, step, weight, scale, bias, M, N, K, y,
     HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    FEW: tl.constexpr,
 ):  # fmt: skip
-    _int8_product(quantized, step, weight, scale, bias, y, M, N, K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+    _int8_product(quantized, step, weight, scale, bias, y, M, N, K, HAS_BIAS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, FEW)
 
 
 @_jit
@@ -70,7 +70,7 @@ def grid_tokens(
     x, K, quantized, step, shift,
     CLIP: tl.constexpr, LEVELS: tl.constexpr, SHIFT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    _grid_tokens(x, quantized, step, shift, x, x, 1.0, CLIP, K, LEVELS, SHIFT, False, 1, 1, 1, 1, BLOCK_K)
+    _grid_tokens(x, quantized, step, shift, CLIP, K, LEVELS, SHIFT, BLOCK_K)
 
 
 @_jit

@@ -80,17 +80,13 @@ class _Emit:
         return self._node("fake_quantize", [x], [Integer("M", rows)], [_like(x)], [tactic])
 
     def nm_sparsify(self, x: Any, factors: Any, n: int, m: int) -> Any:
-        blocks, together = ("//", ("numel", 0), m), 4096 // (m * m)
-        constants = {
-            "BLOCKS_OF_ROW": x.shape[-1] // m,
-            "KEPT": n,
-            "WEIGHTED": factors is not None,
-            "TOGETHER": together,
-            "OF": m,
-        }
-        inputs = [x, x if factors is None else factors]
-        tactic = _tactic(constants, [("cdiv", blocks, together)])
-        return self._node("nm_sparsify", inputs, [Integer("M", blocks)], [_like(x)], [tactic])
+        from ...kernels.nm_sparsify_triton import LENGTH, warps_of
+
+        k = x.shape[-1]
+        block = min(_power_of_two(k), LENGTH)
+        constants = {"K": k, "KEPT": n, "WEIGHTED": factors is not None, "BLOCKS": block // m, "OF": m}
+        tactic = _tactic(constants, [_rows(k), -(-k // block)], warps_of(block))
+        return self._node("nm_sparsify", [x, x if factors is None else factors], [], [_like(x)], [tactic])
 
     def int8_linear(self, x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
         k = x.shape[-1]
@@ -101,7 +97,8 @@ class _Emit:
         return self._int8_product(x, quantized, step, weight, scale, bias)
 
     def nm_int8_linear(self, x: Any, factors: Any, weight: Any, scale: Any, bias: Any, n: int, m: int) -> Any:
-        from ...kernels.nm_int8_linear_triton import LONGEST, warps_of
+        from ...kernels.nm_int8_linear_triton import LONGEST
+        from ...kernels.nm_sparsify_triton import warps_of
 
         k = x.shape[-1]
         block = min(_power_of_two(k), LONGEST)
@@ -124,13 +121,15 @@ class _Emit:
 
         n, k = weight.shape
         tactics = []
-        for config in dict.fromkeys(choose_config(m, n, k) for m in TOKENS):
+        chosen = {m: choose_config(m, n, k) for m in TOKENS}
+        for config, few in dict.fromkeys((config, m < config.block_m) for m, config in chosen.items()):
             constants = {
                 "HAS_BIAS": bias is not None,
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
                 "BLOCK_K": config.block_k,
                 "EVEN_K": k % config.block_k == 0,
+                "FEW": few,
             }
             grid = ("*", ("cdiv", _rows(k), config.block_m), -(-n // config.block_n))
             tactics.append(_tactic(constants, [grid], config.num_warps, config.num_stages))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import re
-import subprocess
 import zipfile
-from pathlib import Path
 
 import onnx
 import pytest
@@ -20,9 +17,7 @@ from graphwright.export import dry_run
 from graphwright.lowering import targets
 from graphwright.lowering.to_tensorrt import write
 from graphwright.lowering.to_tensorrt.bundle import plugins as bundled
-from graphwright.lowering.to_tensorrt.compile_entries import without_scratch
-from tests.lowering.operator_calls import CALLS
-from tests.lowering.to_tensorrt.run_plugins import WITH_PLUGINS, lowered
+from tests.lowering.to_tensorrt.ptx import entry_parameters, kernels_of
 from tests.models import Mlp, captured_llama
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
@@ -64,15 +59,6 @@ def test_the_files(bundle, manifest):
     assert phases["decode"]["inputs"][:3] == ["input_ids", "cache_position", "past.key_cache_0"]
 
 
-def kernels_of(manifest):
-    return [
-        kernel
-        for plugin in manifest["plugins"]
-        for tactic in plugin["tactics"]
-        for kernel in tactic["kernels"].values()
-    ]
-
-
 def test_models_call_the_plugins_of_the_manifest(bundle, manifest):
     known = {plugin["name"]: plugin for plugin in manifest["plugins"]}
     for phase in manifest["phases"]:
@@ -97,10 +83,6 @@ KINDS = {"inputs": ".u64", "integers": ".u32", "outputs": ".u64"}
 """What is passed, in this order -> its type in PTX."""
 
 
-def entry_parameters(ptx, entry):
-    return re.search(rf"\.entry {entry}\(([^)]*)\)", ptx)[1].split(",")
-
-
 def test_kernels_take_what_plugins_pass(bundle, manifest):
     assert len(kernels_of(manifest)) > 20
     for plugin in manifest["plugins"]:
@@ -112,27 +94,7 @@ def test_kernels_take_what_plugins_pass(bundle, manifest):
                 taken = entry_parameters(ptx, kernel["entry"])
                 assert [parameter.split()[1] for parameter in taken] == passed
                 assert kernel["parameters"] == len(passed)
-                assert re.search(rf"\.target {architecture}", ptx)
-
-
-def test_kernels_of_all_operators_assemble(tmp_path):
-    import triton
-
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    for name in WITH_PLUGINS:
-        made = lowered(CALLS[name], tmp_path, (89,))
-        for kernel in kernels_of({"plugins": made.manifest.values()}):
-            file = tmp_path / kernel["file"]
-            command = [assembler, "--gpu-name=sm_89", file, "-o", tmp_path / "made"]
-            subprocess.run(command, check=True, capture_output=True)
-            assert len(entry_parameters(file.read_text(), kernel["entry"])) == kernel["parameters"]
-
-
-def test_scratch_memory_is_refused():
-    ptx = ".entry k(\n\t.param .u64 a,\n\t.param .u64 s,\n\t.param .u64 p\n)\n{ ld.param.u64 %rd1, [a]; }"
-    assert without_scratch(ptx, "k") == ".entry k(\n\t.param .u64 a\n)\n{ ld.param.u64 %rd1, [a]; }"
-    with pytest.raises(UnsupportedLowering, match="needs scratch memory, which TensorRT does not pass"):
-        without_scratch(ptx.replace("[a]", "[s]"), "k")
+                assert f".target {architecture}" in ptx
 
 
 def test_nothing_in_it_needs_graphwright(bundle):
