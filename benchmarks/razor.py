@@ -4,7 +4,8 @@
     python -m graphwright.benchmarks.razor shares --length 4096 --draws 4
     python -m graphwright.benchmarks.razor passkey --length 4096 --draws 4 --split calibration
     python -m graphwright.benchmarks.razor time --length 4096
-    python -m graphwright.benchmarks.razor quantized --length 4096
+    python -m graphwright.benchmarks.razor quantized --length 4096 --draws 4
+    python -m graphwright.benchmarks.razor perplexity --length 4096 --draws 2
 
 Each prints its lines as it goes. The question comes after the text was read (`passkey.py`).
 """
@@ -19,21 +20,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 import graphwright as gw
-from graphwright.benchmarks.passkey import Hidden, answered, found, hide, read, shares
+from graphwright.benchmarks.passkey import Hidden, answered, hide, read, shares
 from graphwright.benchmarks.timing import interleaved, one_thread
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import read_text, token_windows
+from graphwright.kernels import cache_append
 from graphwright.kernels.window_cache import slots_for
 from graphwright.kernels.window_cache_append import append
 from graphwright.lowering.eager import lower_eager
-from graphwright.profiles.decode_loss import decode_loss
 from graphwright.profiles.razor import SHORT_CONTEXT, choose_heads
 from graphwright.profiles.retrieval_heads import HeadScores
 
 Heads = tuple[tuple[int, ...], ...]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+DECODED = 256
+"""Last tokens of a window whose loss is taken."""
 SWEEP = (
     (0.05, 0.01, 256), (0.10, 0.01, 256), (0.14, 0.01, 256), (0.18, 0.02, 256), (0.22, 0.03, 256), (0.26, 0.03, 256),
     (0.26, 0.00, 256), (0.16, 0.10, 256), (0.06, 0.20, 256), (0.22, 0.03, 64), (0.22, 0.03, 128), (0.22, 0.03, 512),
@@ -96,8 +100,7 @@ class Study:
         window = SHORT_CONTEXT["window"]
         equal = slots_for(4, window, torch.float32) + (self.length - window) * count // all_heads
         nothing: Heads = ((),) * len(heads)
-        candidates: dict[str, dict[str, Any] | None] = {
-            "full cache": None,
+        candidates: dict[str, dict[str, Any]] = {
             f"RazorAttention, {count} of {all_heads} heads": kept | {"heads": heads},
             "the same without compensation": kept | {"heads": heads, "compensate": False},
             "sinks and window, all heads": {"heads": nothing, "window": equal, "ratio": 1e6, "compensate": False},
@@ -105,71 +108,88 @@ class Study:
         }
         for seed in range(3):
             candidates[f"{count} random heads, seed {seed}"] = kept | {"heads": self.random_heads(count, seed)}
-        self.compare(candidates, draws)
+        self.compare({"full cache": self.canonical} | self.programs(candidates), draws)
 
     def shares(self, draws: int) -> None:
         """Fewer and more heads, by induction and by echo; shorter and longer windows."""
-        candidates: dict[str, dict[str, Any] | None] = {}
+        candidates: dict[str, dict[str, Any]] = {}
         for induction, echo, window in SWEEP:
             name = f"{induction:.0%} and {echo:.0%}, window {window}"
             candidates[name] = {"heads": self.heads(induction, echo), "window": window, "ratio": 1e6}
-        self.compare(candidates, draws)
+        self.compare(self.programs(candidates), draws)
 
-    def compare(self, candidates: dict[str, dict[str, Any] | None], draws: int) -> None:
-        """Numbers found, digits found and bytes of each; options of None are the full cache.
+    def programs(self, candidates: dict[str, dict[str, Any]]) -> dict[str, gw.Program]:
+        """Of options by name."""
+        return {name: self.program(options) for name, options in candidates.items()}
+
+    def compare(self, candidates: dict[str, gw.Program], draws: int) -> None:
+        """Numbers found, digits found and bytes of each.
 
         A prefill attends to everything whatever is kept, so each text is read once, with the full cache.
         """
-        programs = {name: options and self.program(options) for name, options in candidates.items()}
-        right: dict[str, list[list[bool]]] = {name: [] for name in programs}
+        right: dict[str, list[list[bool]]] = {name: [] for name in candidates}
         for text in self.texts(draws):
             read(self.canonical, text)
             full = {name: tensor.clone() for name, tensor in self.canonical._state().items()}
-            for name, program in programs.items():
-                if program is not None:
+            for name, program in candidates.items():
+                if program is not self.canonical:
                     carry(full, program, text.text.shape[1])
-                right[name].append(answered(program or self.canonical, text))
-        for name, program in programs.items():
+                right[name].append(answered(program, text))
+        for name, program in candidates.items():
             numbers, digits = shares(right[name])
             said = f"{numbers:.0%} of {len(right[name])} numbers | {digits:.0%} of digits"
-            print(f"passkey | {name} | {said} | {self.bytes(program or self.canonical)}", flush=True)
+            print(f"passkey | {name} | {said} | {self.bytes(program)}", flush=True)
 
     def quantized(self, draws: int) -> None:
         """The kept heads' caches packed besides."""
-        texts = self.texts(draws)
-        razor = SHORT_CONTEXT | {"heads": self.heads(SHORT_CONTEXT["induction"], SHORT_CONTEXT["echo"])}
-        for pair in ((8, 8), (8, 4), (4, 4)):
-            program = self.program(razor, gw.KVTuner(table=(pair,) * len(self.scores)))
-            numbers, digits = found(program, texts)
-            shares = f"{numbers:.0%} of {len(texts)} numbers | {digits:.0%} of digits"
-            print(f"quantized | K{pair[0]}V{pair[1]} | {shares} | {self.bytes(program)}", flush=True)
+        self.compare(self.chosen(), draws)
 
-    def perplexity(self, windows: int) -> None:
-        """Of decoding token by token, over windows as long as the cache."""
-        texts = list(token_windows(load_tokenizer(), read_text("evaluation"), self.length, windows).split(1))
-        razor = SHORT_CONTEXT | {"heads": self.heads(SHORT_CONTEXT["induction"], SHORT_CONTEXT["echo"])}
-        programs = {
-            "full cache": self.canonical,
-            "RazorAttention": self.program(razor),
-            "the same without compensation": self.program(razor | {"compensate": False}),
-        }
+    def perplexity(self, draws: int) -> None:
+        """Of the last tokens of windows as long as the cache, decoded one by one after the rest was read."""
+        texts = list(token_windows(load_tokenizer(), read_text("evaluation"), self.length, draws).split(1))
+        bare = self.program(self.short_context() | {"compensate": False})
+        programs = self.chosen() | {"RazorAttention without compensation": bare}
+        losses = dict.fromkeys(programs, 0.0)
+        for tokens in texts:
+            start = tokens.shape[1] - DECODED
+            self.canonical.reset()
+            self.canonical(tokens[:, :start], torch.arange(start))
+            full = {name: tensor.clone() for name, tensor in self.canonical._state().items()}
+            for name, program in programs.items():
+                if program is not self.canonical:
+                    carry(full, program, start)
+                for at in range(start, tokens.shape[1] - 1):
+                    logits = program(tokens[:, at : at + 1], torch.tensor([at]))
+                    losses[name] += float(functional.cross_entropy(logits[:, -1].float(), tokens[:, at + 1]))
         for name, program in programs.items():
-            print(f"perplexity | {name} | {math.exp(decode_loss(program, texts)):.3f}", flush=True)
+            value = math.exp(losses[name] / len(texts) / (DECODED - 1))
+            print(f"perplexity | {name} | {value:.3f} | {self.bytes(program)}", flush=True)
+
+    def chosen(self) -> dict[str, gw.Program]:
+        """The full cache, the method with the heads of `SHORT_CONTEXT`, and those heads' caches packed."""
+        razor = self.short_context()
+        programs = {"full cache": self.canonical, "RazorAttention": self.program(razor)}
+        for key_bits, value_bits in ((8, 8), (8, 4), (4, 4)):
+            packed = gw.KVTuner(table=((key_bits, value_bits),) * len(self.scores))
+            programs[f"RazorAttention, K{key_bits}V{value_bits}"] = self.program(razor, packed)
+        return programs
+
+    def short_context(self) -> dict[str, Any]:
+        """Its options, with heads by the scores at hand."""
+        return SHORT_CONTEXT | {"heads": self.heads(SHORT_CONTEXT["induction"], SHORT_CONTEXT["echo"])}
 
     def time(self, rounds: int) -> None:
         """One token at the last position: the whole step, and attention alone."""
-        razored = self.program(SHORT_CONTEXT | {"heads": self.heads(SHORT_CONTEXT["induction"], SHORT_CONTEXT["echo"])})
+        programs = self.chosen()
         token, last = torch.tensor([[1]]), torch.tensor([self.length - 1])
-
-        def step(program: gw.Program) -> Callable[[], Tensor]:
-            return lambda: program(token, last)
-
-        best = interleaved({"full": step(self.canonical), "razor": step(razored)}, rounds, warmup=2)
-        _print_times("whole step", best)
-        graphs = {name: _lowered(p, token, last) for name, p in (("full", self.canonical), ("razor", razored))}
-        names = {name: {node.name for node in module.graph.nodes} for name, (module, _) in graphs.items()}
+        steps = {name: (lambda p=program: p(token, last)) for name, program in programs.items()}
+        _print_times("whole step", interleaved(steps, rounds, warmup=2))
+        two = {"full cache": self.canonical, "RazorAttention": programs["RazorAttention"]}
+        graphs = {name: _lowered(program, token, last) for name, program in two.items()}
+        nodes = {name: {node.name for node in module.graph.nodes} for name, (module, _) in graphs.items()}
         # What was replaced, and what stands in its place: attention, writes, and choosing heads.
-        changed = {"full": names["full"] - names["razor"], "razor": names["razor"] - names["full"]}
+        full, razor = nodes.values()
+        changed = {"full cache": full - razor, "RazorAttention": razor - full}
         alone = {name: _alone(*graphs[name], changed[name]) for name in graphs}
         _print_times("attention and writes, all layers", interleaved(alone, rounds, warmup=2))
 
@@ -185,16 +205,22 @@ def carry(sources: Mapping[str, Tensor], split: gw.Program, tokens: int) -> None
             if decision.status != "kept":
                 state[name].copy_(source)
                 continue
-            whole = decision.options["keep"]
-            if whole:
+            heads = range(source.shape[1])
+            whole = decision.options.get("keep", list(heads))  # a layer that is packed, not split, has all
+            packed = next((each for each in state if each.startswith(f"{name}.per_")), None)
+            if packed is not None:
+                form, bits = packed.removeprefix(f"{name}.")[:-1], int(packed[-1])
+                cache_append.append(state[packed], positions, source[:, whole, :tokens], bits, form)
+            elif whole:
                 state[f"{name}.kept"].copy_(source[:, whole])
-            others = [head for head in range(source.shape[1]) if head not in whole]
-            append(state[f"{name}.window"], positions, source[:, others, :tokens], decision.options["sinks"])
+            if others := [head for head in heads if head not in whole]:
+                append(state[f"{name}.window"], positions, source[:, others, :tokens], decision.options["sinks"])
 
 
-def _print_times(name: str, best: dict[str, float]) -> None:
-    full, razor = best["full"], best["razor"]
-    print(f"time | {name} | full {full * 1e3:.2f} ms | razor {razor * 1e3:.2f} ms | {full / razor:.2f}x", flush=True)
+def _print_times(what: str, best: dict[str, float]) -> None:
+    for name, seconds in best.items():
+        ratio = best["full cache"] / seconds
+        print(f"time | {what} | {name} | {seconds * 1e3:.2f} ms | {ratio:.2f}x", flush=True)
 
 
 def _lowered(program: gw.Program, *inputs: Tensor) -> tuple[torch.fx.GraphModule, list[Any]]:
