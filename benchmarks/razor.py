@@ -2,6 +2,7 @@
 
     python -m graphwright.benchmarks.razor scores --length 4096
     python -m graphwright.benchmarks.razor shares --length 4096 --draws 4
+    python -m graphwright.benchmarks.razor ways --length 4096 --draws 4 --split calibration
     python -m graphwright.benchmarks.razor passkey --length 4096 --draws 4 --split calibration
     python -m graphwright.benchmarks.razor time --length 4096
     python -m graphwright.benchmarks.razor quantized --length 4096 --draws 4
@@ -43,6 +44,8 @@ SWEEP = (
     (0.26, 0.00, 256), (0.16, 0.10, 256), (0.06, 0.20, 256), (0.22, 0.03, 64), (0.22, 0.03, 128), (0.22, 0.03, 512),
 )  # fmt: skip
 """Shares by induction and by echo, and windows."""
+WAYS = ((0.28, 0.04, 256), (0.10, 0.22, 256), (0.26, 0.18, 64), (0.16, 0.10, 512), (0.12, 0.06, 768))
+"""The same, of about equal bytes."""
 
 
 class Study:
@@ -57,14 +60,18 @@ class Study:
         self.length, self.split = length, split
         self.captured = gw.capture_causal_lm(load_smollm2(layers=layers), max_cache_len=length, logits_to_keep=1)
         self.canonical = gw.optimize(self.captured, progress=False)
+        self.scores = self.scored()
+
+    def scored(self, **options: Any) -> list[HeadScores]:
+        """Scores of all heads, by layer, as the method with these options takes them."""
         started = time.perf_counter()
-        razored = self.program(SHORT_CONTEXT)
+        razored = self.program(SHORT_CONTEXT | options)
         record = razored.profile.measured["razor"]
-        self.scores = [
+        print(f"scores | {self.bytes(razored)} | optimize {time.perf_counter() - started:.0f} s", flush=True)
+        return [
             HeadScores(str(layer), tuple(induction), tuple(echo))
             for layer, (induction, echo) in enumerate(zip(record["induction"], record["echo"], strict=True))
         ]
-        print(f"scores | {self.bytes(razored)} | optimize {time.perf_counter() - started:.0f} s", flush=True)
 
     def program(self, options: dict[str, Any], *others: gw.Method) -> gw.Program:
         """What RazorAttention makes with these options."""
@@ -117,6 +124,31 @@ class Study:
             name = f"{induction:.0%} and {echo:.0%}, window {window}"
             candidates[name] = {"heads": self.heads(induction, echo), "window": window, "ratio": 1e6}
         self.compare(self.programs(candidates), draws)
+
+    def ways(self, draws: int) -> None:
+        """Other ways to spend about the bytes of `SHORT_CONTEXT`: which heads, how many, and on what besides."""
+        base, count = self.short_context(), sum(map(len, self.short_context()["heads"]))
+        candidates: dict[str, dict[str, Any]] = {
+            "SHORT_CONTEXT": base,
+            "without compensation": base | {"compensate": False},
+            "64 sinks": base | {"sinks": 64},
+            "heads by the greater of their scores": base | {"heads": self.best_heads(count, max)},
+            "heads by the sum of their scores": base | {"heads": self.best_heads(count, lambda i, e: i + e)},
+        }
+        for induction, echo, window in WAYS:
+            name = f"{induction:.0%} and {echo:.0%}, window {window}"
+            candidates[name] = {"heads": self.heads(induction, echo), "window": window, "ratio": 1e6}
+        self.scores = self.scored(draws=4)
+        candidates["scores of four draws"] = self.short_context()
+        self.scores = self.scored(tokens=128, repeats=8)
+        candidates["scores of 128 tokens, eight times"] = self.short_context()
+        self.compare({"full cache": self.canonical} | self.programs(candidates), draws)
+
+    def best_heads(self, count: int, score: Callable[[float, float], float]) -> Heads:
+        """The heads of all layers that are best by a function of induction and echo."""
+        marks = [[score(*pair) for pair in zip(layer.induction, layer.echo, strict=True)] for layer in self.scores]
+        least = sorted((mark for layer in marks for mark in layer), reverse=True)[count - 1]
+        return tuple(tuple(head for head, mark in enumerate(layer) if mark >= least) for layer in marks)
 
     def programs(self, candidates: dict[str, dict[str, Any]]) -> dict[str, gw.Program]:
         """Of options by name."""
@@ -264,7 +296,7 @@ class _Inputs(torch.fx.Interpreter):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["scores", "passkey", "shares", "time", "quantized", "perplexity"])
+    parser.add_argument("part", choices=["scores", "passkey", "shares", "ways", "time", "quantized", "perplexity"])
     parser.add_argument("--layers", type=int)
     parser.add_argument("--length", type=int, default=4096, help="tokens of the cache and of the texts")
     parser.add_argument("--draws", type=int, default=1, help="texts of each of the depths 0 to 1")
