@@ -18,16 +18,24 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from graphwright.kernels import hadamard
+from graphwright.kernels.packed_cache import FORMS, GROUP, round_trip
 
 Rounding = Callable[[Tensor], Tensor]
 
 
 class Scheme(NamedTuple):
-    """A rounding of keys [B, H, T, D] and one of values, and the bytes that a channel takes, scales and all."""
+    """How keys and values [B, H, T, D] are rounded.
+
+    Attributes:
+        keys, values: The roundings.
+        channel_bytes: What a channel takes, scales and all, mean of keys and values.
+        whole: Whether they are given the whole cache in full precision, and not each call's new tokens.
+    """
 
     keys: Rounding
     values: Rounding
     channel_bytes: float
+    whole: bool = False
 
 
 class Row(NamedTuple):
@@ -55,7 +63,7 @@ class Row(NamedTuple):
 
 
 def greedy_roundings(model: Any, prompts: Tensor, tokens: int) -> Iterator[Row]:
-    """One row a scheme, for greedy texts of so many tokens after prompts [B, P]."""
+    """One row a scheme, for greedy texts of so many tokens after prompts [B, P], P a multiple of 32."""
     full = Scheme(_same, _same, 4)
     wanted = _greedy(model, prompts, tokens, full)
     best = _forced(model, prompts, wanted, full).topk(2)
@@ -86,7 +94,9 @@ def _schemes(head_dim: int) -> dict[str, Scheme]:
     def cast(dtype: torch.dtype) -> Scheme:
         return Scheme(lambda x: x.to(dtype).float(), lambda x: x.to(dtype).float(), 2)
 
-    eight = rounded(8)
+    eight, sixteen = rounded(8), rounded(8, 16)
+    keys, values = FORMS["kivi"]
+    kivi = Scheme(partial(round_trip, bits=8, form=keys), partial(round_trip, bits=8, form=values), 1 + 4 / GROUP, True)
     half = (eight.channel_bytes + 2) / 2
     return {
         "float16": cast(torch.float16),
@@ -95,9 +105,11 @@ def _schemes(head_dim: int) -> dict[str, Scheme]:
         "the same, scales in float32": rounded(8, scale_bytes=4),
         "the same, keys alone (values full)": Scheme(eight.keys, _same, half),
         "the same, values alone (keys full)": Scheme(_same, eight.values, half),
-        "8 bits, keys rotated": Scheme(lambda x: hadamard.reference(eight.keys(hadamard.reference(x))), *eight[1:]),
+        "8 bits, keys rotated": eight._replace(keys=_rotated(eight.keys)),
         "8 bits, 32 channels a scale": rounded(8, 32),
-        "8 bits, 16 channels a scale": rounded(8, 16),
+        "8 bits, 16 channels a scale": sixteen,
+        "8 bits, keys rotated, 16 channels a scale": sixteen._replace(keys=_rotated(sixteen.keys)),
+        "8 bits, as kivi has them (and 32 tokens in float16)": kivi,
         "9 bits": rounded(9),
         "10 bits": rounded(10),
         "12 bits": rounded(12),
@@ -106,6 +118,10 @@ def _schemes(head_dim: int) -> dict[str, Scheme]:
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def _rotated(rounding: Rounding) -> Rounding:
+    return lambda x: hadamard.reference(rounding(hadamard.reference(x)))
 
 
 def _asymmetric(x: Tensor, bits: int, group: int, dtype: torch.dtype) -> Tensor:
@@ -126,8 +142,12 @@ class _Rounded(DynamicCache):
         self.scheme, self.prompt = scheme, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        kept = super().update(self.scheme.keys(key_states), self.scheme.values(value_states), *args, **kwargs)
-        return (key_states, value_states) if self.prompt else kept
+        new, scheme = (key_states, value_states), self.scheme
+        if scheme.whole:
+            keys, values = super().update(*new, *args, **kwargs)
+            return new if self.prompt else (scheme.keys(keys), scheme.values(values))
+        kept = super().update(scheme.keys(key_states), scheme.values(value_states), *args, **kwargs)
+        return new if self.prompt else kept
 
 
 def _greedy(model: Any, prompts: Tensor, tokens: int, scheme: Scheme) -> Tensor:
@@ -142,11 +162,15 @@ def _greedy(model: Any, prompts: Tensor, tokens: int, scheme: Scheme) -> Tensor:
 
 
 def _forced(model: Any, prompts: Tensor, text: Tensor, scheme: Scheme) -> Tensor:
-    """Logits [B, T, V] at the steps that wrote a text [B, T]; every query sees the rounded cache, its own token too."""
+    """Logits [B, T, V] at the steps that wrote a text [B, T]; every query sees the rounded cache, its own token too.
+
+    A call takes 32 tokens, which start at a multiple of 32: what `kivi` holds in float16 is then what decoding sees.
+    """
     cache = _Rounded(scheme)
-    first = model(prompts, past_key_values=cache, logits_to_keep=1).logits
+    logits = [model(prompts, past_key_values=cache, logits_to_keep=1).logits]
     cache.prompt = False
-    return torch.cat([first, model(text[:, :-1], past_key_values=cache).logits], 1)
+    logits += [model(part, past_key_values=cache).logits for part in text[:, :-1].split(GROUP, 1)]
+    return torch.cat(logits, 1)
 
 
 def _share(flags: Tensor) -> float:

@@ -230,7 +230,12 @@ def carry(sources: Mapping[str, Tensor], split: gw.Program, tokens: int) -> None
     """Give a split program the cache that it would have after a prefill that filled a full cache."""
     split.reset()
     state, positions = split._state(), torch.arange(tokens)
-    for layer, decision in enumerate(d for d in split.decisions if d.phase == "decode"):
+    settled: dict[int, gw.Decision] = {}
+    for decision in split.decisions:  # a layer that is not split may be packed, by a decision of its own
+        layer = int(decision.place.split("layers.")[1].split(".")[0])
+        if decision.phase == "decode" and (decision.status == "kept" or layer not in settled):
+            settled[layer] = decision
+    for layer, decision in settled.items():
         for half in ("key", "value"):
             name = f"{half}_cache_{layer}"
             source = sources[name]
@@ -238,7 +243,7 @@ def carry(sources: Mapping[str, Tensor], split: gw.Program, tokens: int) -> None
                 state[name].copy_(source)
                 continue
             heads = range(source.shape[1])
-            whole = decision.options.get("keep", list(heads))  # a layer that is packed, not split, has all
+            whole = decision.options.get("keep", list(heads))
             packed = next((each for each in state if each.startswith(f"{name}.per_")), None)
             if packed is not None:
                 form, bits = packed.removeprefix(f"{name}.")[:-1], int(packed[-1])
