@@ -44,7 +44,7 @@ SWEEP = (
     (0.26, 0.00, 256), (0.16, 0.10, 256), (0.06, 0.20, 256), (0.22, 0.03, 64), (0.22, 0.03, 128), (0.22, 0.03, 512),
 )  # fmt: skip
 """Shares by induction and by echo, and windows."""
-WAYS = ((0.28, 0.04, 256), (0.10, 0.22, 256), (0.26, 0.18, 64), (0.16, 0.10, 512), (0.12, 0.06, 768))
+WAYS = ((0.22, 0.14, 256), (0.28, 0.04, 256), (0.10, 0.22, 256), (0.26, 0.18, 64), (0.12, 0.06, 768))
 """The same, of about equal bytes."""
 
 
@@ -104,7 +104,7 @@ class Study:
         kept = {"window": SHORT_CONTEXT["window"], "ratio": SHORT_CONTEXT["ratio"]}
         heads = self.heads(SHORT_CONTEXT["induction"], SHORT_CONTEXT["echo"])
         count, all_heads = sum(map(len, heads)), sum(len(score.induction) for score in self.scores)
-        window = SHORT_CONTEXT["window"]
+        window = gw.RazorAttention(**SHORT_CONTEXT).window_for(self.length)
         equal = slots_for(4, window, torch.float32) + (self.length - window) * count // all_heads
         nothing: Heads = ((),) * len(heads)
         candidates: dict[str, dict[str, Any]] = {
@@ -129,7 +129,7 @@ class Study:
         """Other ways to spend about the bytes of `SHORT_CONTEXT`: which heads, how many, and on what besides."""
         base, count = self.short_context(), sum(map(len, self.short_context()["heads"]))
         candidates: dict[str, dict[str, Any]] = {
-            "SHORT_CONTEXT": base,
+            f"SHORT_CONTEXT, {count} heads": base,
             "without compensation": base | {"compensate": False},
             "64 sinks": base | {"sinks": 64},
             "heads by the greater of their scores": base | {"heads": self.best_heads(count, max)},
