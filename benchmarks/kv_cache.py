@@ -4,6 +4,7 @@
     python -m graphwright.benchmarks.kv_cache search --bits 4.0 5.0 --trials 60
     python -m graphwright.benchmarks.kv_cache samplers --trials 100 --layers 8
     python -m graphwright.benchmarks.kv_cache greedy
+    python -m graphwright.benchmarks.kv_cache greedy-roundings --prompts 20
 
 Each prints its lines as it goes. Perplexities are decoded through the packed cache (`profiles/decode_loss.py`).
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 import graphwright as gw
+from graphwright.benchmarks.greedy_roundings import greedy_roundings
 from graphwright.benchmarks.timing import one_thread
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import read_text, token_windows
@@ -98,6 +100,14 @@ class Study:
         print(f"greedy | K8V8 | {same / prompts / tokens:.1%} of {prompts} x {tokens} tokens agree", flush=True)
 
 
+def roundings(layers: int | None, prompts: int, tokens: int) -> None:
+    """The same for ways to round a cache that no operator has, and how near the two best tokens are."""
+    for row in greedy_roundings(load_smollm2(layers=layers), windows("evaluation", 32, prompts), tokens):
+        texts = f"{row.tokens:.1%} of tokens, {row.until:.1%} before the first other, {row.texts} of {prompts} texts"
+        steps = f"{row.steps:.2%} of steps, gap {row.error:.4f}, {row.close:.2%} closer"
+        print(f"roundings | {row.name} | {row.of_float16:.3f} of float16 | {texts} | {steps}", flush=True)
+
+
 def hypervolume(points: Sequence[tuple[float, float]], corner: tuple[float, float] = (8.0, 2.0)) -> float:
     """The area between a front of (bits, value) and a corner that is worse than all of it."""
     front = pareto_front([Trial((), bits, value) for bits, value in points if value < corner[1]])
@@ -107,15 +117,19 @@ def hypervolume(points: Sequence[tuple[float, float]], corner: tuple[float, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["uniform", "search", "samplers", "greedy"])
+    parser.add_argument("part", choices=["uniform", "search", "samplers", "greedy", "greedy-roundings"])
     parser.add_argument("--mode", default="per_token", choices=["per_token", "kivi"])
     parser.add_argument("--layers", type=int)
     parser.add_argument("--bits", type=float, nargs="+", default=[4.0])
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--windows", type=int, default=4, help="windows of 512 tokens for the perplexity")
     parser.add_argument("--sensitivity", default="effect", choices=["effect", "attention"])
+    parser.add_argument("--prompts", type=int, default=20, help="of the greedy texts")
     options = parser.parse_args()
     with one_thread(), torch.no_grad():
+        if options.part == "greedy-roundings":
+            roundings(options.layers, options.prompts, 64)
+            return
         study = Study(options.layers, options.windows)
         print(f"full precision | perplexity {math.exp(study.loss):.3f}", flush=True)
         if options.part == "uniform":
@@ -126,7 +140,7 @@ def main() -> None:
         elif options.part == "samplers":
             study.samplers(options.mode, options.bits[0], options.trials)
         else:
-            study.greedy(20, 64)
+            study.greedy(options.prompts, 64)
 
 
 if __name__ == "__main__":

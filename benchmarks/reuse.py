@@ -93,7 +93,7 @@ def saving_curve(setting: Setting, savings: Mapping[float, float]) -> dict[str, 
 
 
 def ablations(setting: Setting, saving: float) -> dict[str, Any]:
-    """The paper's ablations by element: schedule, axes and window at one saving, and groups that are forced."""
+    """The paper's ablations by element: schedule, axes, window and granularity, all at one saving."""
     options: dict[str, dict[str, Any]] = {
         "as published": {},
         "one threshold in all steps": {"theta": (0.5, 0.5)},
@@ -106,7 +106,12 @@ def ablations(setting: Setting, saving: float) -> dict[str, Any]:
     found = {}
     for name, changed in options.items():
         found[name] = ripple(setting, gw.TimeRipple(**{"saving": saving, "granularity": "element", **changed}))
-    large = (1e9, 1e9)
+    return found
+
+
+def forced(setting: Setting) -> dict[str, Any]:
+    """Reuse from the frame before in all rotary channels of one axis and in no others, whatever they hold."""
+    found, large = {}, (1e9, 1e9)
     for place, axis in enumerate("thw"):
         factors = tuple(float(number == place) for number in range(3))
         method = gw.TimeRipple(theta=large, axes="t", factors=factors, granularity="element")

@@ -33,7 +33,8 @@ def reuse_table(quick: bool, output: Path, console: Console) -> tuple[list[Row],
         savings = {0.4: 0.2} if quick else SAVINGS
         measured["savings"] = reuse.saving_curve(middle, savings)
         status.update("TimeRipple's ablations")
-        measured["ablations"] = reuse.ablations(small if quick else Setting(4, 64, steps), 0.5)
+        short = small if quick else Setting(4, 64, steps)
+        measured["ablations"] = reuse.ablations(short, 0.5) | reuse.forced(short)
         status.update("collapsed attention")
         measured["collapse"] = reuse.collapse(1024 if quick else 8192, (0.25, 0.5, 0.75, 0.875))
         status.update("ASTRAEA's search")

@@ -24,7 +24,7 @@ import graphwright as gw
 from graphwright.benchmarks.passkey import found, hide
 from graphwright.examples.compare_caches import block_of, compare_caches
 from graphwright.examples.compare_linears import compare_linears
-from graphwright.examples.continuation import continuation_perplexity
+from graphwright.examples.compare_sparse import compare_sparse
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import perplexity, read_text, token_windows
 from graphwright.profiles.razor import SHORT_CONTEXT
@@ -88,9 +88,8 @@ def main() -> None:
         print(f"{name}: perplexity {perplexity(logits_of(each), windows):.3f}, weights {size}, prefill {prefill:.3f} s")
     if isinstance(methods[0] if methods else None, gw.DartQuant):
         Console().print(compare_linears(program, canonical, captured, windows, logits_of, seconds))
-    if options.method in ("amber", "outstanding"):  # a sparse prompt costs more where it is scored itself
-        for name, each in {"canonical": canonical, options.method: program}.items():
-            print(f"{name}: perplexity of a dense continuation {continuation_perplexity(each, windows):.3f}")
+    if options.method in WINDOWS:  # a sparse prompt costs more where it is scored itself
+        Console().print(compare_sparse(program, canonical, windows, logits_of, seconds))
     of_cache = ("quantize_cache", "split_cache_heads")
     cache = next((d for d in program.decisions if d.status == "kept" and d.pass_name in of_cache), None)
     if cache is not None:  # a prefill does not see what its cache becomes

@@ -318,13 +318,16 @@ def warps_of(chosen: Split) -> int:
 
 
 @_jit
-def load_sides(left, right, dtype: tl.constexpr, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr):  # noqa: ANN201
-    """What a row's tile is multiplied with from the left, transposed, and from the right, as `rotate_tile` wants it."""
+def load_sides(x, left, right, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr):  # noqa: ANN201
+    """What tiles of `x` are multiplied with from the left, transposed, and from the right, as `rotate_tile` wants it."""
     i = tl.arange(0, PADDED_LEFT)
     j = tl.arange(0, PADDED_RIGHT)
     across = tl.load(left + i[None, :] * PADDED_LEFT + i[:, None])
     along = tl.load(right + j[:, None] * PADDED_RIGHT + j[None, :])
-    return across.to(dtype), along.to(dtype)
+    if x.dtype.element_ty == tl.bfloat16:
+        return across.to(tl.bfloat16), along.to(tl.bfloat16)
+    else:  # noqa: RET505 (Triton compiles both branches where a return is followed by another)
+        return across.to(tl.float32), along.to(tl.float32)
 
 
 @_jit
@@ -366,12 +369,11 @@ def _hadamard_kernel(
     j = tl.arange(0, PADDED_RIGHT)
     inside = (i < LEFT)[:, None] & (j < RIGHT)[None, :]
     at = i[:, None] * RIGHT + j[None, :]
-    dtype: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
-    across, along = load_sides(left, right, dtype, PADDED_LEFT, PADDED_RIGHT)
+    across, along = load_sides(x, left, right, PADDED_LEFT, PADDED_RIGHT)
     first = tl.program_id(0).to(tl.int64) * ROWS
     for row in range(first, tl.minimum(first + ROWS, count)):
         start = row * (LEFT * RIGHT)
-        tile = tl.load(x + start + at, mask=inside, other=0.0).to(dtype)
+        tile = tl.load(x + start + at, mask=inside, other=0.0).to(across.dtype)
         tl.store(y + start + at, (rotate_tile(tile, across, along) * factor).to(y.dtype.element_ty), mask=inside)
 
 

@@ -82,7 +82,7 @@ def choose_few(m: int, k: int, group: int, blocks: int, item_size: int) -> Few:
         block_k = min(group, 128 if item_size == 2 else 64)
         return Few(max(1, min(1056 // blocks, k // block_k // 4)), 16, block_k, 2 if item_size == 2 else 4, 4)
     block_k = min(group, 128)
-    return Few(max(1, min(528 // blocks, k // block_k // 4)), max(16, triton.next_power_of_2(m)), block_k, 4, 3)
+    return Few(max(1, min(528 // blocks, k // block_k // 4)), max(16, 1 << (m - 1).bit_length()), block_k, 4, 3)
 
 
 @_jit

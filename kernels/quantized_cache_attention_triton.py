@@ -129,11 +129,12 @@ def _channels(WORDS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, BLOCK:
 
 
 @triton.constexpr_function
-def _two_floats(kind, shift, bits, base, high):
+def _two_floats(bfloat16, shift, bits, base):
     """PTX that makes two 16-bit floats of two words in a register: (word >> shift) & mask, with the bits of a power of
     two before them, and less that where the numbers shall lie around zero.
     """
-    mask, one = (2**bits - 1) * 0x10001, {"bf16": 0x3F803F80, "f16": 0x3C003C00}[kind]
+    kind, high, one = ("bf16", 0x4300, 0x3F803F80) if bfloat16 else ("f16", 0x6400, 0x3C003C00)
+    mask = (2**bits - 1) * 0x10001
     made = f"shr.b32 bits, $1, {shift}; lop3.b32 bits, bits, {mask:#x}, {high * 0x10001:#x}, 0xea;"
     if base > 0:
         return f"{{ .reg .b32 bits; {made} mov.b32 $0, bits; }}"
@@ -146,15 +147,20 @@ def _two_floats(kind, shift, bits, base, high):
 @_jit
 def _part(x, dtype: tl.constexpr, BASE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, COMPILED: tl.constexpr):
     """Codes in 16-bit words as floats: they are the last bits of one whose other bits are those of 128 or of 1024."""
-    HIGH: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
     if COMPILED:
         # The compiler would take the words one by one.
-        KIND: tl.constexpr = "bf16" if dtype == tl.bfloat16 else "f16"
-        asm: tl.constexpr = _two_floats(KIND, SHIFT, BITS, BASE, HIGH)
-        y = tl.inline_asm_elementwise(asm, "=r,r", [x], dtype=tl.int16, is_pure=True, pack=2)
-        y = y.to(dtype, bitcast=True)
+        asm: tl.constexpr = _two_floats(dtype == tl.bfloat16, SHIFT, BITS, BASE)
+        y = tl.inline_asm_elementwise(
+            asm,  # pyright: ignore[reportArgumentType] (a string once it is compiled)
+            "=r,r",
+            [x],
+            dtype=tl.int16,
+            is_pure=True,
+            pack=2,
+        ).to(dtype, bitcast=True)  # pyright: ignore[reportArgumentType]
     else:
-        y = (((x >> SHIFT) & (2**BITS - 1)) | HIGH).to(tl.int16).to(dtype, bitcast=True)
+        code = (x >> SHIFT) & (2**BITS - 1)
+        y = (code | (0x4300 if dtype == tl.bfloat16 else 0x6400)).to(tl.int16).to(dtype, bitcast=True)
         if BASE < 0:
             y = (y - ((128 if dtype == tl.bfloat16 else 1024) - BASE)).to(dtype)
     return y

@@ -40,7 +40,7 @@ def launch_join(part: Tensor, peak: Tensor, total: Tensor, y: Tensor) -> None:
 
 
 @_jit
-def softmax_step(s, most, axis: tl.constexpr = 1):
+def softmax_step(s, most, axis: tl.constexpr):
     """Weights of new scores `s`, the factor of all before, and the highest score of each row by now.
 
     `axis` is that of the columns: `s` is [rows, columns], or [columns, rows] with 0.

@@ -25,10 +25,9 @@ def launch_quantize(tokens: Tensor, bits: int, clip: float, hadamard: bool) -> t
     A Hadamard transform is fused where one matrix covers the row and its tile fits; else it is a kernel of its own.
     """
     m, k = tokens.shape
-    made = (
-        torch.empty_like(tokens, dtype=torch.int8),
-        *(torch.empty(m, dtype=dtype, device=tokens.device) for dtype in (torch.float32, torch.int32)),
-    )
+    quantized = torch.empty_like(tokens, dtype=torch.int8)
+    step = torch.empty(m, dtype=torch.float32, device=tokens.device)
+    made = quantized, step, torch.empty_like(step, dtype=torch.int32)
     levels = {"LEVELS": 2**bits - 1, "SHIFT": 128 if bits == 8 else 0}
     if hadamard and rotation.orders(k).blocks == 1 and rotation.tile_fits(k, tokens.element_size()):
         chosen = rotation.split(k)
@@ -100,12 +99,11 @@ def _rotate_kernel(
     j = tl.arange(0, PADDED_RIGHT)
     inside = (i < LEFT)[:, None] & (j < RIGHT)[None, :]
     at = i[:, None] * RIGHT + j[None, :]
-    dtype: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.bfloat16 else tl.float32
-    across, along = rotation.load_sides(left, right, dtype, PADDED_LEFT, PADDED_RIGHT)
+    across, along = rotation.load_sides(x, left, right, PADDED_LEFT, PADDED_RIGHT)
     first = tl.program_id(0).to(tl.int64) * ROWS
     for row in range(first, tl.minimum(first + ROWS, count)):
         start = row * (LEFT * RIGHT)
-        tile = tl.load(x + start + at, mask=inside, other=0.0).to(dtype)
+        tile = tl.load(x + start + at, mask=inside, other=0.0).to(across.dtype)
         v = rotation.rotate_tile(tile, across, along) * factor
         low, high = tl.min(tl.min(v, 1), 0), tl.max(tl.max(v, 1), 0)
         step, zero = step_and_zero(low, high, tl.sum(tl.sum(v - v, 1), 0), clip, LEVELS)

@@ -174,7 +174,7 @@ class RazorAttention(Method):
         )
 
 
-SHORT_CONTEXT: dict[str, Any] = {"induction": 0.22, "echo": 0.14, "window": 256, "ratio": 16}
+SHORT_CONTEXT: dict[str, Any] = {"induction": 0.16, "echo": 0.10, "window": 256, "ratio": 8}
 """Options for contexts of some thousand tokens and a small model, which needs more of its heads, and more by echo, than
 the published shares give it; see docs/razor.md."""
 

@@ -44,7 +44,7 @@ def _packed_case(query: Tensor, caches: list[Tensor], bits: int, mode: str) -> C
         f"batch {batch}, {context} tokens, {bits} bits, {mode}",
         {
             "packed": lambda i: quantized_cache_attention(query[i], *stores[i], *arguments),
-            "bf16": lambda i: F.scaled_dot_product_attention(query[i], *caches[i], enable_gqa=True),
+            "bf16": lambda i: F.scaled_dot_product_attention(query[i], caches[i][0], caches[i][1], enable_gqa=True),
         },
         check=lambda y: _head_error(y, query[0], *stores[0], *arguments),
         moved=sum(store.numel() for store in stores[0]),
@@ -77,8 +77,8 @@ def _split_case(context: int, sinks: int, protected: int) -> Case:
         return query[i][:, kept:], stores[0][i], stores[1][i], new[0][i], new[1][i], last
 
     def whole(i: int) -> Tensor:
-        held = (tensor[i][:, :protected] for tensor in (key, value))
-        return F.scaled_dot_product_attention(query[i][:, :kept], *held, enable_gqa=True)
+        keys, values = key[i][:, :protected], value[i][:, :protected]
+        return F.scaled_dot_product_attention(query[i][:, :kept], keys, values, enable_gqa=True)
 
     return Case(
         "split cache (RazorAttention)",
