@@ -319,7 +319,7 @@ def warps_of(chosen: Split) -> int:
 
 @_jit
 def load_sides(x, left, right, PADDED_LEFT: tl.constexpr, PADDED_RIGHT: tl.constexpr):  # noqa: ANN201
-    """What tiles of `x` are multiplied with from the left, transposed, and from the right, as `rotate_tile` wants it."""
+    """What tiles of `x` are multiplied with from the left, transposed, and from the right: see `rotate_tile`."""
     i = tl.arange(0, PADDED_LEFT)
     j = tl.arange(0, PADDED_RIGHT)
     across = tl.load(left + i[None, :] * PADDED_LEFT + i[:, None])
