@@ -1,0 +1,286 @@
+"""Where the pages of a cache lie that are not at hand: a slow pool, behind a tensor [B, P, H, 2, page, D].
+
+    a tensor in memory      as it is; what functional runs of a graph use, and page-locked memory beside a GPU
+    a file                  `SlowFile`: a mapped temporary file, for one program's layers together
+
+A fragment (one page of one head) is contiguous: keys, then values, [2, page, D], so one read brings it.
+
+A `SlowFile` has no name: it is unlinked as soon as it is open, so the system takes it back whatever ends the process.
+Its room is reserved on the disk before tokens are written (`reserve`), so a full disk is an error before anything has
+changed, never a signal in the middle of a write through the mapping. Pages are read and written by calls that report
+errors, not through the mapping. A file belongs to the process that opened it: after a fork the child is refused.
+
+`pool_of(slow)` finds the pool of a tensor, by where its memory begins.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument, OffloadError
+from .page_tables import Plan
+
+AHEAD = 16
+"""Pages that are reserved at a time: a call to the file system for each 512 tokens, at pages of 32."""
+
+
+class TensorPool:
+    """A slow pool that is a tensor [B, P, H, 2, page, D] in memory."""
+
+    def __init__(self, slow: Tensor) -> None:
+        self.slow = slow
+
+    def reserve(self, pages: int) -> None:
+        """Nothing to do: the memory is there."""
+
+    def write(self, page: int, content: Tensor) -> None:
+        """Store pages from `page` on: content [B, H, n, 2, page, D]."""
+        self.slow[:, page : page + content.shape[2]] = content.transpose(1, 2)
+
+    def load(self, fast: Tensor, plan: Plan) -> None:
+        """Copy fragments into their slots of the fast pool [B, S, 2, page, H, D]."""
+        batch, head, slot, page = plan.indices()
+        fast[batch, slot, :, :, head] = self.slow[batch, page, head]
+
+    def read(self, pages: int) -> Tensor:
+        """The first pages of all sequences: [B, pages, H, 2, page, D]."""
+        return self.slow[:, :pages]
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do it now: there is nothing to wait for."""
+        work()
+
+    def wait(self) -> int:
+        """Nanoseconds that were waited."""
+        return 0
+
+
+def open_pools(
+    shapes: Sequence[Sequence[int]],
+    dtypes: Sequence[torch.dtype],
+    folder: str | Path | None = None,
+    buffers: int = 2,
+) -> list[FilePool]:
+    """The slow pools of one program's layers, in one file; the file goes when they do.
+
+    Args:
+        shapes: [B, P, H, 2, page, D] of each layer's pool; P is the same in all.
+        dtypes: Of each layer.
+        folder: Where the file lies; the system's folder for temporary files by default.
+        buffers: Staging buffers of a recall: with 2, one is filled from the file while the other is scattered.
+
+    Raises:
+        OffloadError: The file cannot be made.
+    """
+    sizes = [prod(shape) // int(shape[1]) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
+    file = SlowFile(sum(sizes), int(shapes[0][1]), folder, buffers)
+    pools: list[FilePool] = []
+    offset = 0
+    for shape, dtype, size in zip(shapes, dtypes, sizes, strict=True):
+        batch, pages, heads, _, page, dim = map(int, shape)
+        fragment = 2 * page * dim
+        strides = (heads * fragment, file.record // dtype.itemsize, fragment, page * dim, dim, 1)
+        slow = file.mapped.view(dtype).as_strided(
+            (batch, pages, heads, 2, page, dim), strides, offset // dtype.itemsize
+        )
+        pools.append(FilePool(file, slow, offset))
+        offset += size
+    return pools
+
+
+class SlowFile:
+    """A temporary file of so many records: a page of all layers each, one layer after the other.
+
+    Args:
+        record: Bytes of a page of all layers.
+        pages: How many there are.
+        folder, buffers: As in `open_pools`.
+
+    Raises:
+        OffloadError: The file cannot be made.
+    """
+
+    def __init__(self, record: int, pages: int, folder: str | Path | None = None, buffers: int = 2) -> None:
+        self.folder = Path(folder or tempfile.gettempdir())
+        self.record = record
+        self.pages = pages
+        self.buffers = buffers
+        self._process = os.getpid()
+        self._reserved = 0
+        total = max(record * pages, 1)
+        try:
+            with tempfile.TemporaryFile(dir=self.folder, prefix="graphwright-", suffix=".pages") as file:
+                os.ftruncate(file.fileno(), total)
+                mapped = mmap.mmap(file.fileno(), total)
+                self.handle = os.dup(file.fileno())
+        except OSError as error:
+            raise OffloadError(f"no slow pool of {total} bytes in {self.folder}: {error.strerror or error}") from error
+        weakref.finalize(self, os.close, self.handle)
+        self.mapped = torch.frombuffer(mapped, dtype=torch.uint8)
+        self.reader = ThreadPoolExecutor(1, "graphwright-recall")
+        self.scatterer = ThreadPoolExecutor(1, "graphwright-scatter")
+
+    def check_process(self) -> None:
+        """Refuse a child of the process that opened the file.
+
+        Raises:
+            InvalidArgument: The file is another process's.
+        """
+        if os.getpid() != self._process:
+            raise InvalidArgument(
+                f"this program's slow pool belongs to process {self._process}, and this is its fork {os.getpid()}:"
+                " call reset(), which makes a new one, or load the program here"
+            )
+
+    def reserve(self, pages: int) -> None:
+        """Make sure that the disk has room for so many pages of every layer.
+
+        Raises:
+            OffloadError: It has not; nothing has changed.
+            InvalidArgument: More pages than the pool has.
+        """
+        if pages <= self._reserved:
+            return
+        if pages > self.pages:
+            raise InvalidArgument(f"the slow pool holds {self.pages} pages, got page {pages - 1}")
+        self.check_process()
+        pages = min(-(-pages // AHEAD) * AHEAD, self.pages)
+        try:
+            os.posix_fallocate(self.handle, 0, pages * self.record)
+        except OSError as error:
+            raise OffloadError(
+                f"no room for {pages * self.record} bytes of the cache in {self.folder}: {error.strerror}. What was"
+                " generated so far is kept: make room and go on, or choose another folder with Program.offload_to"
+            ) from error
+        self._reserved = pages
+
+    def read(self, buffer: Tensor, offset: int) -> None:
+        """Fill a contiguous tensor from the file."""
+        view = memoryview(buffer.view(torch.uint8).reshape(-1).numpy())
+        done = 0
+        while done < len(view):
+            count = self.call(os.preadv, [view[done:]], offset + done)
+            if count == 0:
+                raise OffloadError(f"the slow pool in {self.folder} ends at byte {offset + done}")
+            done += count
+
+    def write(self, buffer: Tensor, offset: int) -> None:
+        """Write a contiguous tensor to the file."""
+        view = memoryview(buffer.view(torch.uint8).reshape(-1).numpy())
+        done = 0
+        while done < len(view):
+            done += self.call(os.pwritev, [view[done:]], offset + done)
+
+    def call(self, function: Callable[..., int], buffers: list[memoryview], offset: int) -> int:
+        """Read or write; what fails is an `OffloadError`."""
+        try:
+            return function(self.handle, buffers, offset)
+        except OSError as error:
+            raise OffloadError(f"the slow pool in {self.folder} fails: {error.strerror}") from error
+
+
+class FilePool:
+    """One layer's part of a `SlowFile`."""
+
+    def __init__(self, file: SlowFile, slow: Tensor, offset: int) -> None:
+        self.file = file
+        self.slow = slow
+        self.offset = offset
+        self._pending: Future[None] | None = None
+        _, _, heads, _, page, dim = slow.shape
+        self.fragment = 2 * page * dim * slow.element_size()
+        self._sequence = heads * self.fragment
+        _POOLS[slow.data_ptr()] = self
+
+    def reserve(self, pages: int) -> None:
+        """See `SlowFile.reserve`."""
+        self.file.reserve(pages)
+
+    def write(self, page: int, content: Tensor) -> None:
+        """Store pages from `page` on: content [B, H, n, 2, page, D]."""
+        rows = content.permute(2, 0, 1, 3, 4, 5).contiguous()  # [n, B, H, 2, page, D], as in the file
+        for number, row in enumerate(rows, page):
+            self.file.write(row, self.offset + number * self.file.record)
+
+    def load(self, fast: Tensor, plan: Plan) -> None:
+        """Copy fragments into their slots of the fast pool [B, S, 2, page, H, D].
+
+        Read in batches of one head's fragments; with two buffers a batch is scattered while the next is read.
+        """
+        if len(plan.page) == 0:
+            return
+        scattered: list[Future[None]] = []
+        for number, part in enumerate(_by_head(plan)):
+            if self.file.buffers > 1 and number >= 2:
+                scattered[number - 2].result()  # its buffer is free again
+            staged = self._fill(part, number)
+            if self.file.buffers > 1:
+                scattered.append(self.file.scatterer.submit(_scatter, fast, staged, part))
+            else:
+                _scatter(fast, staged, part)
+        for future in scattered:
+            future.result()
+
+    def _fill(self, plan: Plan, number: int) -> Tensor:
+        _, _, _, _, page, dim = self.slow.shape
+        staged = torch.empty(len(plan.page), 2, page, dim, dtype=self.slow.dtype)
+        for buffer, batch, head, index in zip(staged, plan.batch, plan.head, plan.page, strict=True):
+            start = self.offset + int(index) * self.file.record + int(batch) * self._sequence
+            self.file.read(buffer, start + int(head) * self.fragment)
+        return staged
+
+    def read(self, pages: int) -> Tensor:
+        """The first pages of all sequences: [B, pages, H, 2, page, D]."""
+        batch, _, heads, _, page, dim = self.slow.shape
+        result = torch.empty(pages, batch, heads, 2, page, dim, dtype=self.slow.dtype)
+        for number, row in enumerate(result):
+            self.file.read(row, self.offset + number * self.file.record)
+        return result.transpose(0, 1)
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do it in the background; `wait` says when it is done, and raises what it raised."""
+        self.file.check_process()
+        self._pending = self.file.reader.submit(work)
+
+    def wait(self) -> int:
+        """Wait for what was submitted; the nanoseconds that it took."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return 0
+        started = time.perf_counter_ns()
+        pending.result()
+        return time.perf_counter_ns() - started
+
+
+def pool_of(slow: Tensor) -> FilePool | TensorPool:
+    """The pool behind a tensor: a file's where it is one, else the tensor itself."""
+    found = _POOLS.get(slow.data_ptr())
+    return TensorPool(slow) if found is None else found
+
+
+_POOLS: weakref.WeakValueDictionary[int, FilePool] = weakref.WeakValueDictionary()
+
+
+def _scatter(fast: Tensor, staged: Tensor, plan: Plan) -> None:
+    batch, head, slot, _ = plan.indices()
+    fast[batch, slot, :, :, head] = staged
+
+
+def _by_head(plan: Plan) -> list[Plan]:
+    """The plan in pieces of one sequence and head each; its rows are in that order."""
+    changes = np.flatnonzero(np.diff(plan.batch) | np.diff(plan.head)) + 1
+    edges = [0, *changes.tolist(), len(plan.page)]
+    return [Plan(*(column[low:high] for column in plan)) for low, high in pairwise(edges)]
