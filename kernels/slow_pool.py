@@ -22,6 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument, OffloadError
+from .contract import Spec
 from .page_tables import Plan
 
 AHEAD = 16
@@ -132,6 +134,11 @@ class SlowFile:
         self.mapped = torch.frombuffer(mapped, dtype=torch.uint8)
         self.reader = ThreadPoolExecutor(1, "graphwright-recall")
         self.scatterer = ThreadPoolExecutor(1, "graphwright-scatter")
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What it takes on the disk so far."""
+        return self._reserved * self.record
 
     def check_process(self) -> None:
         """Refuse a child of the process that opened the file.
@@ -263,6 +270,17 @@ class FilePool:
         started = time.perf_counter_ns()
         pending.result()
         return time.perf_counter_ns() - started
+
+    def settle(self) -> None:
+        """Wait for what was submitted, whatever became of it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            wait_for([pending])
+
+
+def nowhere(like: Spec | Tensor, device: torch.device) -> Tensor:
+    """What stands for a slow pool that is not placed yet: a tensor of its shape without memory of its own."""
+    return torch.zeros((), dtype=like.dtype, device=device).expand(tuple(like.shape))
 
 
 def pool_of(slow: Tensor) -> FilePool | TensorPool:

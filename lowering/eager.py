@@ -34,6 +34,8 @@ IN_PLACE: dict[Any, Any] = {
     aten.add.Tensor: aten.add_.Tensor,
     aten.copy.default: aten.copy_.default,
     torch.ops.graphwright.cache_append.default: torch.ops.graphwright.cache_append_.default,
+    torch.ops.graphwright.page_append.default: torch.ops.graphwright.page_append_.default,
+    torch.ops.graphwright.page_recall.default: torch.ops.graphwright.page_recall_.default,
     torch.ops.graphwright.window_cache_append.default: torch.ops.graphwright.window_cache_append_.default,
 }
 
@@ -82,7 +84,7 @@ def lower_eager(exported: ExportedProgram) -> Callable[..., tuple[Any, ...]]:
         if spec.kind is not OutputKind.USER_OUTPUT and spec.target is not None and isinstance(value, Node)
     }
     order = {node: position for position, node in enumerate(exported.graph.nodes)}
-    in_place, lies_in = _writes_in_place(exported.graph, set(writes), order)
+    in_place, lies_in = _writes_in_place(exported.graph, writes, order)
     for node in exported.graph.nodes:
         if node.op not in ("call_function", "get_attr"):
             continue
@@ -112,14 +114,16 @@ def lower_eager(exported: ExportedProgram) -> Callable[..., tuple[Any, ...]]:
     return GraphModule(root, graph, class_name="Eager")
 
 
-def _writes_in_place(graph: Graph, state: set[Node], order: dict[Node, int]) -> tuple[set[Node], dict[Node, Node]]:
+def _writes_in_place(
+    graph: Graph, writes: dict[Node, Node], order: dict[Node, int]
+) -> tuple[set[Node], dict[Node, Node]]:
     """The calls that may overwrite what they are given, and the state buffer whose memory each result then lies in."""
     calls: set[Node] = set()
-    lies_in = {base: base for base in state}
+    lies_in = {base: base for base in writes}
     for node in graph.nodes:
-        if node.target not in IN_PLACE:
-            continue
         places = OVERWRITTEN.get(node.target)
+        if node.target not in IN_PLACE or (places is None and writes.get(node.args[0]) is not node):
+            continue
         old = [node.args[place] for place in places or (0,)]
         new = [node] if places is None else _results(node, len(old))
         if all(
