@@ -66,7 +66,7 @@ class TensorWriter:
                 base, offset = views[key]
                 entry["view"] = [base, offset, list(tensor.stride())]
             elif key in state and _is_spread(tensor):
-                entry["fill"], entry["spread"] = _fill(tensor[(slice(1),) * tensor.dim()]), True
+                entry["fill"], entry["spread"] = _fill(tensor[(0,) * tensor.dim()].reshape(1)), True
             elif key in state and tensor.is_contiguous() and (fill := _fill(tensor)) is not None:
                 entry["fill"] = fill
             else:

@@ -48,6 +48,7 @@ CONTRACT = Contract(
         "starts": Argument("B", (torch.int64,), optional=True),
     },
     sizes={"2": Size(minimum=2, maximum=2), "C": Size(minimum=len(Count), maximum=len(Count))},
+    devices=("cpu",),
 )
 _States = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 _STATES = 5

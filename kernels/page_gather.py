@@ -26,6 +26,7 @@ CONTRACT = Contract(
         "positions": Argument("N", (torch.int64,)),
     },
     sizes={"2": Size(minimum=2, maximum=2), "N": Size(minimum=1), "length": Size(minimum=1)},
+    devices=("cpu",),
 )
 
 

@@ -55,6 +55,7 @@ CONTRACT = Contract(
         "Q": Size(minimum=1, multiple_of="H"),
         "C": Size(minimum=len(Count), maximum=len(Count)),
     },
+    devices=("cpu",),
 )
 _States = tuple[Tensor, Tensor, Tensor, Tensor]
 _STATES = 4

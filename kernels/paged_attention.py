@@ -36,6 +36,7 @@ CONTRACT = Contract(
         "one": Size(minimum=1, maximum=1),
         "Q": Size(minimum=1, multiple_of="H"),
     },
+    devices=("cpu",),
 )
 
 

@@ -264,6 +264,7 @@ class FilePool:
 
     def wait(self) -> int:
         """Wait for what was submitted; the nanoseconds that it took."""
+        self.file.check_process()  # in a fork nobody is at work, so nothing would ever be done
         pending, self._pending = self._pending, None
         if pending is None:
             return 0

@@ -97,12 +97,13 @@ class OffloadCache(SitePass[CacheSite]):
         if not self.offload:
             whole = {"key": _value(site.key_buffer), "value": _value(site.value_buffer)}
             return retrieved_attention.CONTRACT.check(**given, **whole, **self._specs_of_query(site))
+        device = _value(site.key_buffer).device
         steps = [page_append, page_recall]
         if site.reads == "cache":
             steps.append(paged_attention if self._is_one(site) else page_gather)
         given |= news | self._specs(site)
         for step in steps:
-            reason = step.CONTRACT.check(**{name: given[name] for name in step.CONTRACT.arguments})
+            reason = step.CONTRACT.check(device=device, **{name: given[name] for name in step.CONTRACT.arguments})
             if reason is not None:
                 return reason
         return None
