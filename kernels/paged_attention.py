@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .contract import FLOATS, Argument, Contract, Size, missing_kernel, register
 
@@ -82,30 +83,26 @@ def _fake(
 
 
 def _cpu(query: Tensor, fast: Tensor, tables: Tensor, positions: Tensor, starts: Tensor | None, scale: float) -> Tensor:
-    """One product a slot and head, on the pool as it lies; hidden tokens get no weight."""
-    CONTRACT.require(query=query, fast=fast, tables=tables, positions=positions, starts=starts)
+    """PyTorch's attention on the pool as it lies: a row of values follows a row of keys by one page.
+
+    Rows of values are looked at as keys too, and hidden: that is quicker than copying the rows of keys together. The
+    query heads that share a key head are its queries, so each row is read once.
+    """
+    _require(query, fast, tables, positions, starts)
     batch, slots, _, page, heads, dim = fast.shape
-    position = int(positions)
-    token = tables[..., :slots, None].long() * page + torch.arange(page)  # [B, H, S, page]
-    hidden = (tables[..., :slots, None] < 0) | (token > position)
+    held, position = tables[..., :slots, None], int(positions)
+    token = held.long() * page + torch.arange(page)  # [B, H, S, page]
+    seen = (held >= 0) & (token <= position)
     if starts is not None:
-        hidden |= (token < starts.view(batch, 1, 1, 1)) & (token != position)
-    full = bool(hidden.any())
-    rows = (query.float() * scale).view(batch, heads, -1, dim)
-    y = torch.empty_like(query).view(batch, heads, -1, dim)
-    for b in range(batch):
-        for m in range(heads):
-            keys, values = fast[b, :, 0, :, m].float(), fast[b, :, 1, :, m].float()  # [S, page, D], strided
-            group = rows[b, m]
-            scores = torch.bmm(keys, group.mT.expand(slots, dim, -1))  # [S, page, G]
-            if full:
-                scores.masked_fill_(hidden[b, m, ..., None], float("-inf"))
-            weights = scores.flatten(0, 1).softmax(0).unflatten(0, (slots, page))
-            if full:
-                values = values.masked_fill(hidden[b, m, ..., None], 0.0)  # zero times NaN is no zero
-            y[b, m] = torch.bmm(weights.mT, values).sum(0).to(y.dtype)
+        seen &= (token >= starts.view(batch, 1, 1, 1)) | (token == position)
+    seen = torch.stack((seen, torch.zeros_like(seen)), 3).flatten(2)[:, :, None, :-page]
+    rows = fast.view(batch, slots * 2 * page, heads, dim).transpose(1, 2)
+    grouped = query.view(batch, heads, -1, dim)
+    y = functional.scaled_dot_product_attention(grouped, rows[:, :, :-page], rows[:, :, page:], seen, scale=scale)
     return y.view(query.shape)
 
+
+_require = CONTRACT.requirement()
 
 torch.library.impl("graphwright::paged_attention", "cpu", _cpu)
 register(torch.ops.graphwright.paged_attention.default, reference, CONTRACT)

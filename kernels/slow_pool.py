@@ -18,6 +18,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -132,6 +133,7 @@ class SlowFile:
             raise OffloadError(f"no slow pool of {total} bytes in {self.folder}: {error.strerror or error}") from error
         weakref.finalize(self, os.close, self.handle)
         self.mapped = torch.frombuffer(mapped, dtype=torch.uint8)
+        self.staging = _Staging()
         self.reader = ThreadPoolExecutor(1, "graphwright-recall")
         self.scatterer = ThreadPoolExecutor(1, "graphwright-scatter")
 
@@ -174,9 +176,8 @@ class SlowFile:
             ) from error
         self._reserved = pages
 
-    def read(self, buffer: Tensor, offset: int) -> None:
-        """Fill a contiguous tensor from the file."""
-        view = memoryview(buffer.view(torch.uint8).reshape(-1).numpy())
+    def read(self, view: memoryview, offset: int) -> None:
+        """Fill bytes of memory from the file."""
         done = 0
         while done < len(view):
             count = self.call(os.preadv, [view[done:]], offset + done)
@@ -184,9 +185,8 @@ class SlowFile:
                 raise OffloadError(f"the slow pool in {self.folder} ends at byte {offset + done}")
             done += count
 
-    def write(self, buffer: Tensor, offset: int) -> None:
-        """Write a contiguous tensor to the file."""
-        view = memoryview(buffer.view(torch.uint8).reshape(-1).numpy())
+    def write(self, view: memoryview, offset: int) -> None:
+        """Write bytes of memory to the file."""
         done = 0
         while done < len(view):
             done += self.call(os.pwritev, [view[done:]], offset + done)
@@ -220,7 +220,7 @@ class FilePool:
         """Store pages from `page` on: content [B, H, n, 2, page, D]."""
         rows = content.permute(2, 0, 1, 3, 4, 5).contiguous()  # [n, B, H, 2, page, D], as in the file
         for number, row in enumerate(rows, page):
-            self.file.write(row, self.offset + number * self.file.record)
+            self.file.write(_bytes(row), self.offset + number * self.file.record)
 
     def load(self, fast: Tensor, plan: Plan) -> None:
         """Copy fragments into their slots of the fast pool [B, S, 2, page, H, D].
@@ -230,31 +230,34 @@ class FilePool:
         if len(plan.page) == 0:
             return
         scattered: list[Future[None]] = []
-        for number, part in enumerate(_by_head(plan)):
-            if self.file.buffers > 1 and number >= 2:
-                scattered[number - 2].result()  # its buffer is free again
-            staged = self._fill(part, number)
-            if self.file.buffers > 1:
-                scattered.append(self.file.scatterer.submit(_scatter, fast, staged, part))
-            else:
-                _scatter(fast, staged, part)
-        for future in scattered:
-            future.result()
+        try:
+            for number, part in enumerate(_by_head(plan)):
+                if self.file.buffers > 1 and number >= 2:
+                    scattered[number - 2].result()  # its buffer is free again
+                staged = self._fill(part, number)
+                if self.file.buffers > 1:
+                    scattered.append(self.file.scatterer.submit(_scatter, fast, staged, part))
+                else:
+                    _scatter(fast, staged, part)
+        finally:
+            wait_for(scattered)  # also where reading failed: the slots will be given to other pages
 
     def _fill(self, plan: Plan, number: int) -> Tensor:
         _, _, _, _, page, dim = self.slow.shape
-        staged = torch.empty(len(plan.page), 2, page, dim, dtype=self.slow.dtype)
-        for buffer, batch, head, index in zip(staged, plan.batch, plan.head, plan.page, strict=True):
-            start = self.offset + int(index) * self.file.record + int(batch) * self._sequence
-            self.file.read(buffer, start + int(head) * self.fragment)
-        return staged
+        size, count = self.fragment, len(plan.page)
+        staged = self.file.staging.take(number % self.file.buffers, count * size)
+        offsets = self.offset + plan.page * self.file.record + plan.batch * self._sequence + plan.head * size
+        view = _bytes(staged)
+        for place, offset in enumerate(offsets.tolist()):
+            self.file.read(view[place * size : (place + 1) * size], offset)
+        return staged.view(self.slow.dtype).view(count, 2, page, dim)
 
     def read(self, pages: int) -> Tensor:
         """The first pages of all sequences: [B, pages, H, 2, page, D]."""
         batch, _, heads, _, page, dim = self.slow.shape
         result = torch.empty(pages, batch, heads, 2, page, dim, dtype=self.slow.dtype)
         for number, row in enumerate(result):
-            self.file.read(row, self.offset + number * self.file.record)
+            self.file.read(_bytes(row), self.offset + number * self.file.record)
         return result.transpose(0, 1)
 
     def submit(self, work: Callable[[], None]) -> None:
@@ -291,6 +294,23 @@ def pool_of(slow: Tensor) -> FilePool | TensorPool:
 
 
 _POOLS: weakref.WeakValueDictionary[int, FilePool] = weakref.WeakValueDictionary()
+
+
+class _Staging(threading.local):
+    """Memory that fragments are read to, kept for the next ones; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[int, Tensor] = {}
+
+    def take(self, number: int, size: int) -> Tensor:
+        """So many bytes of a buffer."""
+        if number not in self.buffers or self.buffers[number].numel() < size:
+            self.buffers[number] = torch.empty(size, dtype=torch.uint8)
+        return self.buffers[number][:size]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.view(torch.uint8).reshape(-1).numpy())
 
 
 def _scatter(fast: Tensor, staged: Tensor, plan: Plan) -> None:

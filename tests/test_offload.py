@@ -90,7 +90,7 @@ def test_the_file_comes_with_the_first_call_and_goes_with_the_program(tmp_path: 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path):
     program = made()
     program.offload_to(tmp_path / "missing")
-    with pytest.raises(OffloadError, match="no slow pool of .* bytes in .*missing"):
+    with pytest.raises(OffloadError, match=r"no slow pool of .* bytes in .*missing"):
         program.generate(tokens(8), 2)
     program.offload_to(tmp_path)
     assert program.generate(tokens(8), 2).shape == (1, 10)
@@ -123,7 +123,7 @@ def test_a_full_disk_loses_nothing_that_was_generated():
     prompt = tokens(60)
     whole = program.generate(prompt, 40)
     record = 2 * 2 * 2 * 4 * 16 * 4  # a page of both layers
-    with files_of_at_most(20 * record), pytest.raises(OffloadError, match="the slow pool in .* fails") as caught:
+    with files_of_at_most(20 * record), pytest.raises(OffloadError, match=r"the slow pool in .* fails") as caught:
         program.generate(prompt, 40)
     text = caught.value.generated
     assert text is not None
@@ -151,7 +151,7 @@ def test_a_file_that_fails_is_an_error_with_what_was_generated():
         return run(phase, flat)
 
     program.run_phase = run_phase  # pyright: ignore[reportAttributeAccessIssue]
-    with pytest.raises(OffloadError, match="the slow pool in .* ends at byte") as caught:
+    with pytest.raises(OffloadError, match=r"the slow pool in .* ends at byte") as caught:
         program.generate(prompt, 30)
     text = caught.value.generated
     assert text is not None
@@ -188,5 +188,5 @@ def test_a_fork_gets_a_file_of_its_own_by_a_reset():
 
 
 def test_a_gpu_is_refused_by_name():
-    with pytest.raises(MissingKernel, match="graphwright::page_append has no kernel for device 'cuda'.* Move .* cpu"):
+    with pytest.raises(MissingKernel, match=r"graphwright::page_append has no kernel for device 'cuda'.* Move .* cpu"):
         freekv(tau=0.0).to("cuda")

@@ -72,7 +72,7 @@ def test_decoding_equals_the_oracle_token_for_token(tau: float | None):
 
 
 def test_taus_differ():
-    assert 0.1 < float((decoded(freekv(tau=None)) - decoded(freekv(tau=2.0))).abs().max())
+    assert float((decoded(freekv(tau=None)) - decoded(freekv(tau=2.0))).abs().max()) > 0.1
     rates = []
     for tau in (0.0, 0.3):
         decoded(freekv(tau=tau))

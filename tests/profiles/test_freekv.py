@@ -71,7 +71,7 @@ def test_wrong_options_are_named():
 
 def test_one_cache_is_rewritten_by_one_method():
     methods = [gw.KVTuner(table=((8, 8), (8, 8))), gw.FreeKV(**TINY)]
-    with pytest.raises(InvalidArgument, match="kvtuner and freekv would both rewrite .*; choose one of them"):
+    with pytest.raises(InvalidArgument, match=r"kvtuner and freekv would both rewrite .*; choose one of them"):
         gw.optimize(captured_llama(), methods=methods, progress=False)
 
 
