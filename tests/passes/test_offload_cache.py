@@ -10,6 +10,7 @@ import torch
 
 import graphwright as gw
 from graphwright.build import build
+from graphwright.lowering.eager import lower_eager
 from graphwright.passes.copy_exported import copy_exported
 from graphwright.passes.decision import Decision
 from graphwright.passes.dialects import run_functional
@@ -171,3 +172,17 @@ def test_caches_that_pages_cannot_stand_for_are_refused():
     assert "reads the cache's heads repeated" in str(guard(captured(), key_write=None))
     assert "no more than its last 8 tokens" in str(guard(gw.capture_causal_lm(sliding_mistral(), 32)))
     assert "with a slope over the keys" in str(guard(captured_bloom()))
+
+
+def test_all_state_is_written_in_place(offloaded: gw.Program):
+    offloaded.reset()
+    for phase in offloaded.phases.values():
+        module = lower_eager(phase.exported)
+        assert isinstance(module, torch.fx.GraphModule)
+        called = [str(node.target).split(".")[1] for node in module.graph.nodes if "graphwright" in str(node.target)]
+        assert called
+        assert {name for name in called if name.startswith(("page_append", "page_recall"))} == {
+            "page_append_",
+            "page_recall_",
+        }
+        assert not [node for node in module.graph.nodes if "copy_" in str(node.target)]
