@@ -35,7 +35,7 @@ from graphwright.benchmarks.timing import interleaved, one_thread
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import read_text, token_windows
 from graphwright.kernels.page_tables import Plan
-from graphwright.kernels.slow_pool import FilePool, SlowFile, open_pools
+from graphwright.kernels.slow_pool import FilePool, SlowFile, bytes_of, open_pools
 from graphwright.profiles.decode_loss import decode_loss
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -234,7 +234,7 @@ def layout(bandwidth: float, rounds: int) -> None:
 def _load_rows(pool: FilePool, fast: Tensor, plan: Plan) -> None:
     """The same bytes where a page lies as projections emit it, [2, page, H, D]: a read for each row of a head."""
     rows = torch.empty(len(plan.page), 2 * 32, 64)
-    view = memoryview(rows.view(torch.uint8).reshape(-1).numpy())
+    view = bytes_of(rows)
     for number, (head, page) in enumerate(zip(plan.head.tolist(), plan.page.tolist(), strict=True)):
         for row in range(64):
             place = (number * 64 + row) * 256

@@ -55,6 +55,7 @@ def _decode(program: gw.Program, text: Tensor) -> tuple[float, float, list[int]]
     """Perplexity of the last tokens, median seconds of a token, and the tokens that are written after them."""
     program.reset()
     first, losses, spent, written = text.shape[1] - SCORED, [], [], []
+    logits = torch.empty(0)
     for low in range(0, first, PIECE):
         logits = program(text[:, low : min(low + PIECE, first)], torch.arange(low, min(low + PIECE, first)))
     for position in range(first, first + SCORED + WRITTEN):

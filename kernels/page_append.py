@@ -144,8 +144,8 @@ class _Call(NamedTuple):
 
     def cloned(self) -> _Call:
         """The same with state of its own."""
-        state = [tensor.clone(memory_format=torch.contiguous_format) for tensor in self[:_STATES]]
-        return _Call(*state, *self[_STATES:])
+        state = zip(self._fields, self[:_STATES], strict=False)
+        return self._replace(**{name: each.clone(memory_format=torch.contiguous_format) for name, each in state})
 
 
 @page_append.register_fake

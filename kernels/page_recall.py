@@ -208,7 +208,7 @@ def _fake(*arguments: Any, **named: Any) -> _States:
 def _cpu(*arguments: Any) -> _States:
     call = _Call(*arguments)
     paging = call.require()
-    call = _Call(*(tensor.clone() for tensor in call[:_STATES]), *call[_STATES:])
+    call = call._replace(**{name: each.clone() for name, each in zip(call._fields, call[:_STATES], strict=False)})
     call.run(paging, TensorPool(call.slow))
     return call[:_STATES]
 

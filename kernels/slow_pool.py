@@ -220,7 +220,7 @@ class FilePool:
         """Store pages from `page` on: content [B, H, n, 2, page, D]."""
         rows = content.permute(2, 0, 1, 3, 4, 5).contiguous()  # [n, B, H, 2, page, D], as in the file
         for number, row in enumerate(rows, page):
-            self.file.write(_bytes(row), self.offset + number * self.file.record)
+            self.file.write(bytes_of(row), self.offset + number * self.file.record)
 
     def load(self, fast: Tensor, plan: Plan) -> None:
         """Copy fragments into their slots of the fast pool [B, S, 2, page, H, D].
@@ -247,7 +247,7 @@ class FilePool:
         size, count = self.fragment, len(plan.page)
         staged = self.file.staging.take(number % self.file.buffers, count * size)
         offsets = self.offset + plan.page * self.file.record + plan.batch * self._sequence + plan.head * size
-        view = _bytes(staged)
+        view = bytes_of(staged)
         for place, offset in enumerate(offsets.tolist()):
             self.file.read(view[place * size : (place + 1) * size], offset)
         return staged.view(self.slow.dtype).view(count, 2, page, dim)
@@ -257,7 +257,7 @@ class FilePool:
         batch, _, heads, _, page, dim = self.slow.shape
         result = torch.empty(pages, batch, heads, 2, page, dim, dtype=self.slow.dtype)
         for number, row in enumerate(result):
-            self.file.read(_bytes(row), self.offset + number * self.file.record)
+            self.file.read(bytes_of(row), self.offset + number * self.file.record)
         return result.transpose(0, 1)
 
     def submit(self, work: Callable[[], None]) -> None:
@@ -309,8 +309,9 @@ class _Staging(threading.local):
         return self.buffers[number][:size]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).reshape(-1).numpy())
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.view(torch.uint8).reshape(-1).numpy().data
 
 
 def _scatter(fast: Tensor, staged: Tensor, plan: Plan) -> None:

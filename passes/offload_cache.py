@@ -95,15 +95,16 @@ class OffloadCache(SitePass[CacheSite]):
         if not given["query"].dtype == news["key"].dtype == site.dtype:
             return f"got queries of {given['query'].dtype} and a cache of {site.dtype}, expected one dtype"
         if not self.offload:
-            whole = {"key": _value(site.key_buffer), "value": _value(site.value_buffer)}
-            return retrieved_attention.CONTRACT.check(**given, **whole, **self._specs_of_query(site))
+            given |= {"key": _value(site.key_buffer), "value": _value(site.value_buffer)}
+            return retrieved_attention.CONTRACT.check(**given, **self._query_state(site))
         device = _value(site.key_buffer).device
         steps = [page_append, page_recall]
         if site.reads == "cache":
             steps.append(paged_attention if self._is_one(site) else page_gather)
         given |= news | self._specs(site)
         for step in steps:
-            reason = step.CONTRACT.check(device=device, **{name: given[name] for name in step.CONTRACT.arguments})
+            taken: dict[str, Any] = {name: given[name] for name in step.CONTRACT.arguments}
+            reason = step.CONTRACT.check(device=device, **taken)
             if reason is not None:
                 return reason
         return None
@@ -165,7 +166,7 @@ class OffloadCache(SitePass[CacheSite]):
     def _retrieve(self, site: CacheSite, edit: Edit) -> None:
         buffers = {
             name: edit.state(f"{site.key_name}.{name}", lambda spec=spec: _zeros(spec, site))
-            for name, spec in self._specs_of_query(site).items()
+            for name, spec in self._query_state(site).items()
         }
         query, like = _query(site), site.attention
         if site.reads == "new":
@@ -212,10 +213,10 @@ class OffloadCache(SitePass[CacheSite]):
             "summary": Spec((batch, heads, pages, 2, dim), site.dtype),
             "tables": Spec((batch, heads, slots + pages), torch.int32),
             "counts": Spec((len(Count),), torch.int64),
-            "previous": self._specs_of_query(site)["previous"],
+            "previous": self._query_state(site)["previous"],
         }
 
-    def _specs_of_query(self, site: CacheSite) -> dict[str, Spec]:
+    def _query_state(self, site: CacheSite) -> dict[str, Any]:
         """What is kept of the last query: itself, and the position that it is previous to."""
         batch, heads, _, dim = shape_of(_query(site))
         return {"previous": Spec((batch, heads, dim), site.dtype), "known": Spec((1,), torch.int64)}

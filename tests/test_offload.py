@@ -22,7 +22,7 @@ from tests.offloaded import SMALL, captured, decoded, freekv
 
 def made() -> gw.Program:
     """A program that no other test has."""
-    return gw.optimize(captured(), methods=[gw.FreeKV(**SMALL | {"tau": 0.0})], progress=False)
+    return gw.optimize(captured(), methods=[gw.FreeKV(tau=0.0, **SMALL)], progress=False)
 
 
 @contextmanager
@@ -38,6 +38,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def handles(expected: int | None = None) -> int:
     """Open files of this process; it is waited for so many, since what works in the background ends a little later."""
+    found = -1
     for _ in range(100):
         gc.collect()  # a lowered graph refers to itself
         found = len(os.listdir("/proc/self/fd"))
@@ -106,6 +107,8 @@ def test_pages_are_not_saved(tmp_path: Path):
     assert abs(sizes[0] - sizes[1]) < 1024
     loaded = gw.load(tmp_path / "used.gw")
     assert loaded.offloaded_bytes() == 0
+    pools = [tensor for name, tensor in loaded._state().items() if name.endswith(".slow")]
+    assert [pool.untyped_storage().nbytes() for pool in pools] == [4, 4], "nothing is in memory"
     assert torch.equal(decoded(loaded), expected)
     assert torch.equal(decoded(program), expected)
 

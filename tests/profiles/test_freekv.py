@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from tests.models import Mlp, captured_llama, tokens
 from tests.new_process import assert_replays
 from tests.offloaded import canonical, captured, decoded, freekv
 
-TINY = {"budget": 16, "page": 4, "sinks": 4, "window": 4}
+TINY: dict[str, Any] = {"budget": 16, "page": 4, "sinks": 4, "window": 4}
 
 
 def logits(program: gw.Program) -> torch.Tensor:
