@@ -39,6 +39,7 @@ class Offload:
         self.names: tuple[str, ...] = tuple(dict.fromkeys(slow for slow, _ in calls))
         self.counts: tuple[str, ...] = tuple(dict.fromkeys(counts for _, counts in calls))
         self._folder: Path | None = None
+        self._buffers = 1
         self._pools: list[FilePool] = []
         self._process = os.getpid()
         self.drop()
@@ -53,13 +54,14 @@ class Offload:
             return
         state = self._phases[0].exported.state_dict
         tensors = [state[name] for name in self.names]
-        self._pools = open_pools([t.shape for t in tensors], [t.dtype for t in tensors], self._folder)
+        self._pools = open_pools([t.shape for t in tensors], [t.dtype for t in tensors], self._folder, self._buffers)
         self._process = os.getpid()
         self._let({name: pool.slow for name, pool in zip(self.names, self._pools, strict=True)})
 
-    def drop(self, folder: str | Path | None = None) -> None:
-        """Close the file; the next one lies in `folder`, if one is given."""
+    def drop(self, folder: str | Path | None = None, buffers: int | None = None) -> None:
+        """Close the file; the next one lies in `folder`, and is read through so many buffers, if they are given."""
         self._folder = Path(folder) if folder is not None else self._folder
+        self._buffers = buffers or self._buffers
         self.settle()
         self._pools = []
         state = self._phases[0].exported.state_dict

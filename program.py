@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import InvalidArgument
 from .generation import Sampling, generate
 from .inputs import CallSignature, bind, require_all
 from .kernels.contract import missing_kernel
@@ -195,7 +196,7 @@ class Program:
         self._order.forget_branches()
         return self
 
-    def offload_to(self, folder: str | Path | None = None) -> None:
+    def offload_to(self, folder: str | Path | None = None, *, buffers: int | None = None) -> None:
         """Let pages of the cache that are not at hand lie in another folder; what the cache held is forgotten.
 
         A program of FreeKV keeps them in one file of its own, which has no name and goes with the program. It is made
@@ -203,8 +204,15 @@ class Program:
 
         Args:
             folder: A folder of a disk with room; None leaves it where it is, and only makes a new file.
+            buffers: 2 copies one head's pages to their places, in a thread of its own, while the next head's are read;
+                1, as it is at first, does both in turn.
+
+        Raises:
+            InvalidArgument: Another number of buffers.
         """
-        self._offload.drop(folder)
+        if buffers not in (None, 1, 2):
+            raise InvalidArgument(f"buffers must be 1 or 2, got {buffers}")
+        self._offload.drop(folder, buffers)
         self._lowered.clear()
         self.reset()
 

@@ -75,7 +75,7 @@ def open_pools(
     shapes: Sequence[Sequence[int]],
     dtypes: Sequence[torch.dtype],
     folder: str | Path | None = None,
-    buffers: int = 2,
+    buffers: int = 1,
 ) -> list[FilePool]:
     """The slow pools of one program's layers, in one file; the file goes when they do.
 
@@ -83,7 +83,8 @@ def open_pools(
         shapes: [B, P, H, 2, page, D] of each layer's pool; P is the same in all.
         dtypes: Of each layer.
         folder: Where the file lies; the system's folder for temporary files by default.
-        buffers: Staging buffers of a recall: with 2, one is filled from the file while the other is scattered.
+        buffers: Staging buffers of a recall: with 2, one is filled from the file while the other is scattered, in a
+            thread of its own. That pays where a copy in memory takes longer than to hand it over.
 
     Raises:
         OffloadError: The file cannot be made.
@@ -116,7 +117,7 @@ class SlowFile:
         OffloadError: The file cannot be made.
     """
 
-    def __init__(self, record: int, pages: int, folder: str | Path | None = None, buffers: int = 2) -> None:
+    def __init__(self, record: int, pages: int, folder: str | Path | None = None, buffers: int = 1) -> None:
         self.folder = Path(folder or tempfile.gettempdir())
         self.record = record
         self.pages = pages

@@ -81,7 +81,9 @@ def test_the_file_comes_with_the_first_call_and_goes_with_the_program(tmp_path: 
     assert program.offloaded_bytes() > 0
     assert list(tmp_path.iterdir()) == [], "it has no name, so nothing is left of it"
     assert program.state_bytes() < 2 * 2 * 2 * 128 * 16 * 4, "what is on the disk is not in memory"
-    program.offload_to()
+    with pytest.raises(InvalidArgument, match="buffers must be 1 or 2, got 3"):
+        program.offload_to(buffers=3)
+    program.offload_to(buffers=2)
     assert (handles(before), program.offloaded_bytes()) == (before, 0)
     assert torch.equal(decoded(program), expected)
     del program
