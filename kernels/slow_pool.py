@@ -226,27 +226,30 @@ class FilePool:
     def load(self, fast: Tensor, plan: Plan) -> None:
         """Copy fragments into their slots of the fast pool [B, S, 2, page, H, D].
 
-        Read in batches of one head's fragments; with two buffers a batch is scattered while the next is read.
+        With two buffers one head's fragments are scattered while the next one's are read.
         """
         if len(plan.page) == 0:
+            return
+        if self.file.buffers == 1:
+            _scatter(fast, self._fill(plan, 0), plan)
             return
         scattered: list[Future[None]] = []
         try:
             for number, part in enumerate(_by_head(plan)):
-                if self.file.buffers > 1 and number >= 2:
+                if number >= 2:
                     scattered[number - 2].result()  # its buffer is free again
-                staged = self._fill(part, number)
-                if self.file.buffers > 1:
-                    scattered.append(self.file.scatterer.submit(_scatter, fast, staged, part))
-                else:
-                    _scatter(fast, staged, part)
+                staged = self._fill(part, number % 2)
+                scattered.append(self.file.scatterer.submit(_scatter, fast, staged, part))
         finally:
             wait_for(scattered)  # also where reading failed: the slots will be given to other pages
+        for future in scattered:
+            future.result()
 
-    def _fill(self, plan: Plan, number: int) -> Tensor:
+    def _fill(self, plan: Plan, buffer: int) -> Tensor:
+        """Fragments [n, 2, page, D], in a staging buffer."""
         _, _, _, _, page, dim = self.slow.shape
         size, count = self.fragment, len(plan.page)
-        staged = self.file.staging.take(number % self.file.buffers, count * size)
+        staged = self.file.staging.take(buffer, count * size)
         offsets = self.offset + plan.page * self.file.record + plan.batch * self._sequence + plan.head * size
         view = bytes_of(staged)
         for place, offset in enumerate(offsets.tolist()):
