@@ -6,7 +6,9 @@ Errors that graphwright raises on purpose are printed in one line and end with s
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,9 +173,24 @@ def graph(
 @app.command()
 def export(
     program: Saved,
-    output: Annotated[Path, typer.Option("--output", "-o", help="What to write: .onnx, or .pt2 for AOTInductor.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="What to write: .onnx, .pt2 for AOTInductor, .engine for TensorRT-RTX, .zip for TensorRT.",
+        ),
+    ],
     ops: Annotated[str, typer.Option(help="Operators in ONNX: 'portable', 'ort' or 'function'.")] = "portable",
     opset: Annotated[int, typer.Option(help="ONNX opset: 23 or 24.")] = 23,
+    capability: Annotated[
+        list[str] | None, typer.Option(help="What an .engine runs on, such as sm_89; for a .zip sm_80, sm_89 or sm_90.")
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="A dynamic size of engines: INPUT:DIMENSION=LEAST,USUAL,LARGEST; the captured ones else."),
+    ] = None,
+    tf32: Annotated[bool, typer.Option(help="Let engines round factors of float32 products.")] = False,
     dry: Annotated[bool, typer.Option("--dry-run", help="Only say what each operator would become.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -187,7 +204,10 @@ def export(
         print(dump_json(made)) if as_json else _console.print(made)
         return
     check_writable(output)
-    options = {"ops": ops, "opset": opset} if output.suffix == ".onnx" else {}
+    options: dict[str, Any] = {"ops": ops, "opset": opset} if output.suffix == ".onnx" else {}
+    capabilities = {".engine": "compute_capabilities", ".zip": "architectures"}.get(output.suffix)
+    if capabilities is not None:
+        options = {"sizes": _parse_sizes(size or ()), "tf32": tf32} | ({capabilities: capability} if capability else {})
     files = load(program).export(output, **options)
     sizes = {str(file): file.stat().st_size for file in files}
     print(json.dumps(sizes) if as_json else "\n".join(f"{name}  {size / 1e6:.1f} MB" for name, size in sizes.items()))
@@ -264,6 +284,19 @@ def _parse_method(text: str) -> Any:
             raise InvalidArgument(f"method option {part!r} is not name=value")
         options[key.strip()] = _parse_value(value.strip())
     return method_named(name, options)
+
+
+def _parse_sizes(texts: Iterable[str]) -> dict[str, dict[int, tuple[int, ...]]]:
+    """`input_ids:1=1,16,512` to {"input_ids": {1: (1, 16, 512)}}."""
+    made: dict[str, dict[int, tuple[int, ...]]] = {}
+    for text in texts:
+        match = re.fullmatch(r"([\w.]+):(\d+)=(\d+),(\d+),(\d+)", text)
+        if match is None:
+            raise InvalidArgument(f"size {text!r} is not INPUT:DIMENSION=LEAST,USUAL,LARGEST")
+        name, *numbers = match.groups()
+        dimension, *given = map(int, numbers)
+        made.setdefault(name, {})[dimension] = tuple(given)
+    return made
 
 
 def _split(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InvalidArgument, UnsupportedLowering
+from .errors import InvalidArgument
 from .inspection.printable import Printable
 from .inspection.tables import Table
 from .lowering.compare_targets import TARGETS, Agreement, Call
@@ -27,7 +27,7 @@ def export(program: Program, path: str | Path, **options: Any) -> list[Path]:
     """Write a program for a target; see `Program.export`."""
     path = Path(path)
     target = target_of(path)
-    run = _exporter(target, path)
+    run = _exporter(target)
     known = run.__kwdefaults__ or {}
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -101,11 +101,13 @@ def _plan(exported: Any, target: Target, ops: str) -> list[Choice]:
     return choose_all(exported.graph.nodes, target)
 
 
-def _exporter(target: Target, path: Path) -> Callable[..., list[Path]]:
+def _exporter(target: Target) -> Callable[..., list[Path]]:
     if target == "onnx":
         from .lowering.to_onnx.write import export as run
     elif target == "aoti":
         from .lowering.to_aoti.write import export as run
+    elif target == "tensorrt_rtx":
+        from .lowering.to_tensorrt_rtx.write import export as run
     else:
-        raise UnsupportedLowering(f"{path}: graphwright writes no {target} files yet; export .onnx instead")
+        from .lowering.to_tensorrt.write import export as run
     return run

@@ -379,8 +379,11 @@ class Program:
         """Write files that run without graphwright's Python; the suffix says which.
 
         Args:
-            path: `.onnx` for ONNX models, which `gw.load` opens; `.pt2` for AOTInductor packages.
-            options: The target's: `opset` (23 or 24) and `ops` ("portable", "ort" or "function") for ONNX.
+            path: `.onnx` for ONNX models, which `gw.load` opens; `.pt2` for AOTInductor packages; `.engine` for
+                engines of TensorRT-RTX; `.zip` for all that builds engines of TensorRT elsewhere.
+            options: The target's: `opset` (23 or 24) and `ops` ("portable", "ort" or "function") for ONNX;
+                `compute_capabilities` (such as "sm_89") for TensorRT-RTX, `architectures` for TensorRT, and for both
+                `sizes` (input -> dimension -> least, usual and largest) and `tf32`.
 
         Returns:
             The files: one a phase, and what they share.

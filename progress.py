@@ -61,8 +61,8 @@ class Progress:
             self._bar.remove_task(self._task)  # pyright: ignore[reportArgumentType]
             self._task, self._name = outer
 
-    def step(self, note: str = "") -> None:
-        """One step of the current stage is done; a note stands beside the stage's name until the next one."""
+    def step(self, note: str = "", advance: int = 1) -> None:
+        """A step of the current stage is done, or 0; a note stands beside the stage's name until the next one."""
         if self._task is not None:
             described = {"description": f"{self._name}, {note}"} if note else {}
-            self._bar.update(self._task, advance=1, **described)  # pyright: ignore[reportArgumentType]
+            self._bar.update(self._task, advance=advance, **described)  # pyright: ignore[reportArgumentType]

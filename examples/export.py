@@ -1,6 +1,9 @@
 """Write SmolLM2 and the small Wan as ONNX (and AOTInductor), run both, and print how far each target is from PyTorch.
 
+Engines of TensorRT-RTX and bundles for TensorRT are written on request; running them needs a GPU of their own.
+
 python -m graphwright.examples.export --layers 2
+python -m graphwright.examples.export --layers 2 --engines
 python -m graphwright.examples.export --model wan --aoti
 """
 
@@ -8,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("smollm2", "wan", "both"), default="both")
     parser.add_argument("--layers", type=int, help="use only this many layers of SmolLM2")
     parser.add_argument("--aoti", action="store_true", help="compile AOTInductor packages too: minutes")
+    parser.add_argument("--engines", action="store_true", help="write engines and bundles for TensorRT too")
     parser.add_argument("--output", type=Path, help="keep the ONNX files in this folder")
     options = parser.parse_args()
     console = Console()
@@ -69,6 +75,25 @@ def run(name: str, program: gw.Program, calls: Calls, options: argparse.Namespac
     for row in compare_targets(program, calls, targets):
         figures = (f"{row.largest:.2e}", f"{row.relative:.2e}", f"{row.tolerance:.1e}")
         table.add_row(row.target, *(("-", row.refused, "-") if row.refused else figures), "yes" if row.holds else "NO")
+    console.print(table)
+    if options.engines:
+        write_engines(name, program, console)
+
+
+def write_engines(name: str, program: gw.Program, console: Console) -> None:
+    """Print what engines and bundles take in bytes and seconds, or why there are none."""
+    table = Table("file", "MB", "seconds", title=f"{name}, built and not run")
+    for suffix in (".engine", ".zip"):
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            try:
+                files = program.export(Path(folder, f"{name}{suffix}"))
+            except gw.GraphwrightError as error:
+                table.add_row(f"{name}{suffix}", "-", str(error))
+                continue
+            seconds = f"{time.perf_counter() - started:.0f}"
+            for file in files:
+                table.add_row(file.name, f"{file.stat().st_size / 1e6:.1f}", seconds)
     console.print(table)
 
 

@@ -96,7 +96,7 @@ def block_for(block_r: int, words: bool) -> tuple[int, int]:
 
 
 def choose_splits(programs: int, tokens: int, block_t: int) -> int:
-    """Parts of the tokens: enough programs for about three a multiprocessor of a large GPU (132), of two blocks each."""
+    """Parts of the tokens: enough programs for three a multiprocessor of a large GPU (132), of two blocks each."""
     return max(1, min(-(-396 // programs), -(-tokens // (2 * block_t)), 128))
 
 
@@ -243,8 +243,9 @@ def _part_kernel(
     query, k_codes, k_steps, k_tail, v_codes, v_steps, v_tail, positions, starts, part, peak, total,
     scale, count, window, group, heads, key_size, value_size, splits,
     DIM: tl.constexpr, WIDTH: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KIVI: tl.constexpr,
-    COMPILED: tl.constexpr, KEY_WORDS: tl.constexpr, VALUE_WORDS: tl.constexpr, KEY_BASE: tl.constexpr, VALUE_BASE: tl.constexpr,
+    KEY_WORDS: tl.constexpr, VALUE_WORDS: tl.constexpr, KEY_BASE: tl.constexpr, VALUE_BASE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PADDED: tl.constexpr,
+    COMPILED: tl.constexpr,
 ):  # fmt: skip
     """Row r of a head is query r // group of its query head r % group: a program's queries are neighbours."""
     head, split = tl.program_id(0).to(tl.int64), tl.program_id(2)

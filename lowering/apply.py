@@ -82,4 +82,21 @@ def apply(
             raise UnsupportedLowering(f"graphwright::{choice.operator}: its calls differ in what takes them")
     if rewritten:
         edit.finish()
+    _rename_nested(exported)
     return exported.run_decompositions(bodies) if bodies else exported
+
+
+def _rename_nested(exported: ExportedProgram) -> None:
+    """Rename weights that are called like a part of another, `fc.weight.factors`: no module can hold both."""
+    stored, signature = exported.state_dict, exported.graph_signature
+    for name in list(stored):
+        parts = name.split(".")
+        above = [".".join(parts[:count]) for count in range(1, len(parts))]
+        outer = next((prefix for prefix in above if prefix in stored), None)
+        if outer is None or name in signature.buffers_to_mutate.values():
+            continue
+        flat = f"{outer}_{name[len(outer) + 1 :].replace('.', '_')}"
+        stored[flat] = stored.pop(name)
+        for spec in signature.input_specs:
+            if spec.target == name:
+                spec.target = flat

@@ -29,8 +29,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "eager": ("eager_operators",),
     "aoti": ("to_aoti.operators",),
     "onnx": ("to_onnx.operators", "to_onnx.quantized"),
-    "tensorrt": ("refused_operators",),
-    "tensorrt_rtx": ("refused_operators",),
+    "tensorrt": ("to_tensorrt.operators",),
+    "tensorrt_rtx": ("to_tensorrt_rtx.operators",),
 }
 """Target -> the modules of this folder that register its lowerings."""
 

@@ -10,13 +10,14 @@ from ..errors import InvalidArgument, MissingExtra
 
 Target = Literal["eager", "aoti", "onnx", "tensorrt", "tensorrt_rtx"]
 
-SUFFIXES: dict[str, Target] = {".onnx": "onnx", ".pt2": "aoti", ".engine": "tensorrt"}
+SUFFIXES: dict[str, Target] = {".onnx": "onnx", ".pt2": "aoti", ".engine": "tensorrt_rtx", ".zip": "tensorrt"}
 """Suffix of an exported file -> its target."""
 
+_ONNX = ("onnx", "onnxscript", "onnx_ir")
 PACKAGES: dict[str, dict[str, str]] = {
-    "onnx": {"onnx": "onnx", "onnxscript": "onnx", "onnx_ir": "onnx"},
-    "tensorrt": {"torch_tensorrt": "tensorrt"},
-    "tensorrt_rtx": {"tensorrt_rtx": "tensorrt-rtx"},
+    "onnx": dict.fromkeys(_ONNX, "onnx"),
+    "tensorrt": dict.fromkeys(("triton", *_ONNX), "tensorrt"),
+    "tensorrt_rtx": dict.fromkeys(("tensorrt_rtx", *_ONNX), "tensorrt-rtx"),
 }
 """Target -> the modules that it imports and the extra that brings each."""
 

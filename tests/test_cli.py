@@ -68,6 +68,7 @@ RIGHT = {
     "export": ("export", "mlp.gw", "-o", "mlp.onnx"),
     "export as json": ("export", "mlp.gw", "-o", "mlp.onnx", "--ops", "function", "--opset", "24", "--json"),
     "dry run": ("export", "mlp.gw", "-o", "mlp.onnx", "--dry-run", "--ops", "ort"),
+    "bundle": ("export", "mlp.gw", "-o", "mlp.zip", "--capability", "sm_89"),
     "dry run as json": ("export", "mlp.gw", "-o", "mlp.engine", "--dry-run", "--json"),
     "diff of two": ("diff", "mlp.gw", "a.gw"),
     "diff of two as json": ("diff", "mlp.gw", "a.gw", "--json"),
@@ -86,7 +87,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def printed(folder) -> dict[str, str]:
     """What each command of `RIGHT` printed."""
-    files = ("mlp.pt2", "mlp.gw", "a.gw", "b.gw", "p", "page.html", "mlp.dot", "mlp.onnx")
+    files = ("mlp.pt2", "mlp.gw", "a.gw", "b.gw", "p", "page.html", "mlp.dot", "mlp.onnx", "mlp.zip")
     commands = {
         name: [str(folder / part) if part in files else part for part in parts] for name, parts in RIGHT.items()
     }
@@ -168,6 +169,7 @@ def test_export(folder, printed) -> None:
     names = [line.split("  ")[0] for line in printed["export"].splitlines()]
     assert names == [str(folder / "mlp.onnx"), str(folder / "mlp.onnx.data")]
     assert list(json.loads(printed["export as json"])) == names
+    assert printed["bundle"].startswith(str(folder / "mlp.zip"))
     x = torch.randn(4, 32)
     torch.testing.assert_close(gw.load(folder / "mlp.onnx")(x), gw.load(folder / "mlp.gw")(x), rtol=1e-5, atol=1e-6)
 
@@ -175,7 +177,7 @@ def test_export(folder, printed) -> None:
 def test_dry_run_says_what_operators_become(printed) -> None:
     assert "MatMulIntegerToFloat (com.microsoft)" in printed["dry run"]
     (row,) = json.loads(printed["dry run as json"])["phases"]["main"]
-    assert row["becomes"].startswith("refused: graphwright has no TensorRT plugins")
+    assert row["becomes"] == "DequantizeLinear of an 8-bit weight, MatMul"
 
 
 def test_methods_and_help_name_what_there_is(printed) -> None:
@@ -226,6 +228,14 @@ WRONG = {
     "foreign profile": (
         ("optimize", "{folder}/mlp.pt2", "-o", "{tmp}/out.gw", "--profile", "{tmp}/foreign"),
         "foreign",
+    ),
+    "unknown architecture": (
+        ("export", "{folder}/mlp.gw", "-o", "{tmp}/mlp.zip", "--capability", "sm_75"),
+        "compiled for sm_80, sm_89, sm_90, got 'sm_75'",
+    ),
+    "unknown size": (
+        ("export", "{folder}/mlp.gw", "-o", "{tmp}/mlp.engine", "--size", "x=1,2,3"),
+        "size 'x=1,2,3' is not INPUT:DIMENSION=LEAST,USUAL,LARGEST",
     ),
     "unknown keep": (("optimize", "{folder}/mlp.pt2", "--keep", "all", "-o", "{tmp}/out.gw"), "keep must be"),
     "budget without methods": (("optimize", "{folder}/mlp.pt2", "--max-error", "1", "-o", "{tmp}/out.gw"), "a budget"),

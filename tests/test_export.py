@@ -39,7 +39,6 @@ def path(program, tmp_path_factory):
     ("name", "options", "error", "reason"),
     [
         ("mlp.tflite", {}, InvalidArgument, r"unknown suffix '.tflite'; there are .onnx \(onnx\)"),
-        ("mlp.engine", {}, UnsupportedLowering, "writes no tensorrt files yet; export .onnx instead"),
         ("mlp.onnx", {"opset": 22}, InvalidArgument, "opset 22 is out of range: graphwright writes 23 and 24"),
         ("mlp.onnx", {"ops": "cuda"}, InvalidArgument, "ops must be one of portable, ort, function, got 'cuda'"),
         ("mlp.onnx", {"quality": 9}, InvalidArgument, "onnx has no option 'quality'; there are opset, ops"),
@@ -181,7 +180,7 @@ def test_a_dry_run_says_what_each_operator_becomes(program):
     ]
     assert "MatMulIntegerToFloat" in str(report)
     (rows,) = dry_run(program, "mlp.engine").to_json()["phases"].values()
-    assert [row["becomes"].split(";")[0] for row in rows] == ["refused: graphwright has no TensorRT plugins"]
+    assert [row["becomes"] for row in rows] == ["DequantizeLinear of an 8-bit weight, MatMul"]
     with pytest.raises(InvalidArgument, match="ops must be one of"):
         dry_run(program, "mlp.onnx", ops="cuda")
 

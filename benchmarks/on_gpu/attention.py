@@ -30,98 +30,125 @@ CHECKED_ROWS = 64
 def block_sparse() -> Iterator[Case]:
     """Random lists of equal length for each head against dense attention and FlexAttention."""
     for tokens in GRIDS:
-        query, key, value = _qkv(tokens)
-        dense = dense_attention(query, key, value)
-        blocks = tokens // BLOCK
+        tensors = _qkv(tokens)
         for density in DENSITIES:
-            keep = kept_blocks("random", HEADS, blocks, density).cuda()
-            counts, listed = lists_of(keep)
-            real = density_of(counts, blocks, tokens, tokens, BLOCK)
+            yield _sparse_case(*tensors, density)
 
-            def ours(_: int, counts: Tensor = counts, listed: Tensor = listed, blocks: int = blocks) -> Tensor:
-                return block_sparse_attention(query, key, value, counts, listed, key_blocks=blocks, block_size=BLOCK)
 
-            torch._dynamo.reset()
-            flex = flex_attention(query, key, value, keep, BLOCK)
-            yield Case(
-                "block_sparse_attention",
-                f"{tokens} tokens, density {real:.2f}",
-                {"block_sparse_attention": ours, **dense, "FlexAttention": lambda _, flex=flex: flex()},
-                check=lambda y, c=counts, b=listed: _sparse_error(y, query, key, value, c, b, blocks),
-                moved=4 * query.numel() * 2,
-                operations=round(4 * real * tokens * tokens * HEAD_DIM * HEADS),
-                goals=(Goal("dense", 0.75 / real), Goal("FlexAttention", 1.0)),
-            )
+def _sparse_case(query: Tensor, key: Tensor, value: Tensor, density: float) -> Case:
+    tokens = query.shape[2]
+    blocks = tokens // BLOCK
+    keep = kept_blocks("random", HEADS, blocks, density).cuda()
+    counts, listed = lists_of(keep)
+    real = density_of(counts, blocks, tokens, tokens, BLOCK)
+    lists = {"key_blocks": blocks, "block_size": BLOCK}
+    # Compiled functions of the last case are not kept.
+    torch.compiler.reset()
+    flex = flex_attention(query, key, value, keep, BLOCK)
+    return Case(
+        "block_sparse_attention",
+        f"{tokens} tokens, density {real:.2f}",
+        {
+            "block_sparse_attention": lambda _: block_sparse_attention(query, key, value, counts, listed, **lists),
+            **dense_attention(query, key, value),
+            "FlexAttention": lambda _: flex(),
+        },
+        check=lambda y: _sparse_error(y, query, key, value, counts, listed, blocks),
+        moved=4 * query.numel() * 2,
+        operations=round(4 * real * tokens * tokens * HEAD_DIM * HEADS),
+        goals=(Goal("dense", 0.75 / real), Goal("FlexAttention", 1.0)),
+    )
 
 
 def recognition() -> Iterator[Case]:
     """RainFusion's ARM and Compact Attention's histogram as shares of dense attention."""
-    for tokens, (frames, height, width) in GRIDS.items():
-        query, key, value = _qkv(tokens)
-        dense = dense_attention(query, key, value)
-        frame = height * width
-        widths = torch.tensor([frame // 4], dtype=torch.int32, device="cuda")
-        in_frame = [t[:, :, frame : 2 * frame] for t in (query, key)]
-        in_time = [t[:, :, frame :: frames - 1][:, :, :frame] for t in (query, key)]
-        yield Case(
-            "band_recall (RainFusion's ARM)",
-            f"{tokens} tokens: two samples of {frame}",
-            {"ARM": lambda _, a=in_frame, b=in_time, w=widths: (band_recall(*a, w), band_recall(*b, w)), **dense},
-            operations=2 * 2 * frame * frame * HEAD_DIM * HEADS,
-            goals=(Goal("dense", 200.0),),
-        )
-        order = tile_order(frames, height, width, (2, 8, 8)).cuda()
+    for tokens, grid in GRIDS.items():
+        tensors = _qkv(tokens)
+        yield _arm_case(*tensors, *grid)
         for stride in (1, 8, 64):
-            yield Case(
-                "tile_mass (Compact Attention)",
-                f"{tokens} tokens, every {stride}th tile of queries" if stride > 1 else f"{tokens} tokens, all queries",
-                {
-                    "tile_mass": lambda _, s=stride, o=order, g=(frames, height, width): tile_mass(
-                        query, key, o, frames=g[0], height=g[1], width=g[2], tile=(2, 8, 8), stride=s
-                    )[0],
-                    **dense,
-                },
-                # Scores are needed twice: for the sum of a row, and to be divided by it.
-                operations=round(2 * 2 * tokens * tokens / stride * HEAD_DIM * HEADS),
-                goals=(Goal("dense", 200.0),) if stride == 64 else (),
-            )
+            yield _mass_case(*tensors, *grid, stride)
+
+
+def _arm_case(query: Tensor, key: Tensor, value: Tensor, frames: int, height: int, width: int) -> Case:
+    frame = height * width
+    widths = torch.tensor([frame // 4], dtype=torch.int32, device="cuda")
+    in_frame = [t[:, :, frame : 2 * frame] for t in (query, key)]
+    in_time = [t[:, :, frame :: frames - 1][:, :, :frame] for t in (query, key)]
+    return Case(
+        "band_recall (RainFusion's ARM)",
+        f"{query.shape[2]} tokens: two samples of {frame}",
+        {
+            "ARM": lambda _: (band_recall(*in_frame, widths), band_recall(*in_time, widths)),
+            **dense_attention(query, key, value),
+        },
+        operations=2 * 2 * frame * frame * HEAD_DIM * HEADS,
+        goals=(Goal("dense", 200.0),),
+    )
+
+
+def _mass_case(query: Tensor, key: Tensor, value: Tensor, frames: int, height: int, width: int, stride: int) -> Case:
+    tokens, tile = query.shape[2], (2, 8, 8)
+    order = tile_order(frames, height, width, tile).cuda()
+    sizes = {"frames": frames, "height": height, "width": width, "tile": tile, "stride": stride}
+    return Case(
+        "tile_mass (Compact Attention)",
+        f"{tokens} tokens, every {stride}th tile of queries" if stride > 1 else f"{tokens} tokens, all queries",
+        {"tile_mass": lambda _: tile_mass(query, key, order, **sizes)[0], **dense_attention(query, key, value)},
+        # Scores are needed twice: for the sum of a row, and to be divided by it.
+        operations=round(2 * 2 * tokens * tokens / stride * HEAD_DIM * HEADS),
+        goals=(Goal("dense", 200.0),) if stride == 64 else (),
+    )
 
 
 def reuse() -> Iterator[Case]:
     """TimeRipple's collapsed attention, and ASTRAEA's selection with the attention of selected queries."""
-    tokens = 32760
-    query, key, value = _qkv(tokens)
-    dense = dense_attention(query, key, value)
+    tensors = _qkv(32760)
     for saving in (0.75, 0.85):
-        share = 1 - math.sqrt(1 - saving)
-        roots = [_roots(tokens, share, seed).cuda() for seed in (0, 1)]
-        left = [float((r == torch.arange(tokens, device="cuda", dtype=torch.int32)).float().mean()) for r in roots]
-        yield Case(
-            "collapsed_attention (TimeRipple)",
-            f"{tokens} tokens, {1 - left[0] * left[1]:.0%} of the scores saved",
-            {"collapsed_attention": lambda _, r=roots: collapsed_attention(query, key, value, *r), **dense},
-            check=lambda y, r=roots: _collapsed_error(y, query, key, value, *r),
-            operations=round(4 * left[0] * left[1] * tokens * tokens * HEAD_DIM * HEADS),
-            note="the published 2.1x assume that saved scores are saved time",
-        )
-    hidden = HEADS * HEAD_DIM
+        yield _collapsed_case(*tensors, saving)
+    for budget in (0.5, 0.3):
+        yield _selection_case(*tensors, budget)
+
+
+def _collapsed_case(query: Tensor, key: Tensor, value: Tensor, saving: float) -> Case:
+    tokens = query.shape[2]
+    roots = [_roots(tokens, 1 - math.sqrt(1 - saving), seed).cuda() for seed in (0, 1)]
+    place = torch.arange(tokens, device="cuda", dtype=torch.int32)
+    left = [float((root == place).float().mean()) for root in roots]
+    return Case(
+        "collapsed_attention (TimeRipple)",
+        f"{tokens} tokens, {1 - left[0] * left[1]:.0%} of the scores saved",
+        {
+            "collapsed_attention": lambda _: collapsed_attention(query, key, value, *roots),
+            **dense_attention(query, key, value),
+        },
+        check=lambda y: _collapsed_error(y, query, key, value, *roots),
+        operations=round(4 * left[0] * left[1] * tokens * tokens * HEAD_DIM * HEADS),
+        note="the published 2.1x assume that saved scores are saved time",
+    )
+
+
+def _selection_case(query: Tensor, key: Tensor, value: Tensor, budget: float) -> Case:
+    tokens, hidden = query.shape[2], HEADS * HEAD_DIM
     states, cached = torch.randn(2, 1, tokens, hidden, device="cuda", dtype=torch.bfloat16)
     change = torch.rand(1, tokens, device="cuda")
-    for budget in (0.5, 0.3):
-        count = round(budget * tokens)
+    count = round(budget * tokens)
+    few = query[:, :, :count].contiguous()
 
-        def move(_: int, count: int = count) -> Tensor:
-            at = change.topk(count, dim=1, sorted=False).indices[..., None].expand(-1, -1, hidden)
-            return cached.scatter(1, at, states.gather(1, at))
+    def move(_: int) -> Tensor:
+        at = change.topk(count, dim=1, sorted=False).indices[..., None].expand(-1, -1, hidden)
+        return cached.scatter(1, at, states.gather(1, at))
 
-        few = query[:, :, :count].contiguous()
-        yield Case(
-            "selection and scatter (ASTRAEA)",
-            f"{tokens} tokens of {hidden} channels, budget {budget}",
-            {"top-k, gather, scatter": move, "attention of the selected": lambda _, q=few: attention_lse(q, key, value)[0], **dense},
-            moved=2 * hidden * (tokens + 2 * count) * 2,
-            goals=(Goal("dense", 20.0),),
-        )  # fmt: skip
+    return Case(
+        "selection and scatter (ASTRAEA)",
+        f"{tokens} tokens of {hidden} channels, budget {budget}",
+        {
+            "top-k, gather, scatter": move,
+            "attention of the selected": lambda _: attention_lse(few, key, value)[0],
+            **dense_attention(query, key, value),
+        },
+        moved=2 * hidden * (tokens + 2 * count) * 2,
+        goals=(Goal("dense", 20.0),),
+    )
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Mapping[str, Run]:

@@ -29,85 +29,75 @@ def packed() -> Iterator[Case]:
     for batch, context in BATCHES:
         whole = 2 * 2 * batch * HEADS * context * HEAD_DIM
         many = min(sets_for(whole // 4), max(1, FIXED // (3 * whole)))
-        query = torch.randn(many, batch, QUERY_HEADS, 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        caches = [
-            torch.randn(2, batch, HEADS, context, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for _ in range(many)
-        ]
-        last = torch.tensor([context - 1], device="cuda")
-
-        def dense(i: int, q: Tensor = query, c: list[Tensor] = caches) -> Tensor:
-            return F.scaled_dot_product_attention(q[i], c[i][0], c[i][1], enable_gqa=True)
-
+        query = _random(many, batch, QUERY_HEADS, 1)
+        caches = [_random(2, batch, HEADS, context) for _ in range(many)]
         for bits, mode in ((8, "per_token"), (4, "per_token"), (4, "kivi"), (2, "per_token")):
-            stores = [_stores(cache, bits, mode) for cache in caches]
-            arguments = (last, bits, bits, mode, HEAD_DIM, SCALE)
-            yield Case(
-                "quantized_cache_attention",
-                f"batch {batch}, {context} tokens, {bits} bits, {mode}",
-                {
-                    "packed": lambda i, q=query, s=stores, a=arguments: quantized_cache_attention(q[i], *s[i], *a),
-                    "bf16": dense,
-                },
-                check=lambda y, q=query, s=stores, a=arguments: _head_error(y, q[0], *s[0], *a),
-                moved=sum(store.numel() for store in stores[0]),
-                operations=4 * batch * QUERY_HEADS * context * HEAD_DIM,
-                goals=(Goal("bf16", {8: 1.2, 4: 1.5, 2: 1.5}[bits]),),
-                sets=many,
-            )  # fmt: skip
-            del stores
+            yield _packed_case(query, caches, bits, mode)
+
+
+def _packed_case(query: Tensor, caches: list[Tensor], bits: int, mode: str) -> Case:
+    batch, context = caches[0].shape[1], caches[0].shape[3]
+    stores = [_stores(cache, bits, mode) for cache in caches]
+    arguments = (torch.tensor([context - 1], device="cuda"), bits, bits, mode, HEAD_DIM, SCALE)
+    return Case(
+        "quantized_cache_attention",
+        f"batch {batch}, {context} tokens, {bits} bits, {mode}",
+        {
+            "packed": lambda i: quantized_cache_attention(query[i], *stores[i], *arguments),
+            "bf16": lambda i: F.scaled_dot_product_attention(query[i], *caches[i], enable_gqa=True),
+        },
+        check=lambda y: _head_error(y, query[0], *stores[0], *arguments),
+        moved=sum(store.numel() for store in stores[0]),
+        operations=4 * batch * QUERY_HEADS * context * HEAD_DIM,
+        goals=(Goal("bf16", {8: 1.2, 4: 1.5, 2: 1.5}[bits]),),
+        sets=len(caches),
+    )
 
 
 def split() -> Iterator[Case]:
     """RazorAttention's step: some heads keep all tokens, the others sinks, a mean and a fifth of the context."""
-    sinks, protected = 4, 2
     for context in CONTEXTS:
-        window = max(4000, context // 5)
-        slots = slots_for(sinks, window, torch.bfloat16)
-        group = QUERY_HEADS // HEADS
-        others = HEADS - protected
-        share = (protected * context + others * slots) / (HEADS * context)
-        many = sets_for(2 * 2 * HEADS * context * HEAD_DIM // 4)
+        yield _split_case(context, sinks=4, protected=2)
 
-        def random(*shape: int, many: int = many) -> Tensor:
-            return torch.randn(many, 1, *shape, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
 
-        query, key, value = random(QUERY_HEADS, 1), random(HEADS, context), random(HEADS, context)
-        stores, new = (random(others, slots), random(others, slots)), (random(others, 1), random(others, 1))
-        for store in stores:
-            # The mean's two slots hold float32, and stand for it follows in the cache's dtype.
-            store[:, :, :, :2] = torch.randn(many, 1, others, HEAD_DIM, device="cuda").view(torch.bfloat16).view(many, 1, others, 2, HEAD_DIM)  # fmt: skip
-        last = torch.tensor([context - 1], device="cuda")
-        kept = group * protected
+def _split_case(context: int, sinks: int, protected: int) -> Case:
+    others, kept = HEADS - protected, QUERY_HEADS // HEADS * protected
+    slots = slots_for(sinks, max(4000, context // 5), torch.bfloat16)
+    share = (protected * context + others * slots) / (HEADS * context)
+    many = sets_for(2 * 2 * HEADS * context * HEAD_DIM // 4)
+    query, key, value = (_random(many, 1, *sizes) for sizes in ((QUERY_HEADS, 1), (HEADS, context), (HEADS, context)))
+    stores, new = ([_random(many, 1, others, count) for _ in range(2)] for count in (slots, 1))
+    for store in stores:
+        # The first two slots hold a mean in float32.
+        mean = torch.randn(many, 1, others, HEAD_DIM, device="cuda").view(torch.bfloat16)
+        store[:, :, :, :2] = mean.view(many, 1, others, 2, HEAD_DIM)
+    last = torch.tensor([context - 1], device="cuda")
 
-        def ours(i, q=query, k=key, v=value, s=stores, n=new, at=last, kept=kept):
-            full = F.scaled_dot_product_attention(
-                q[i][:, :kept], k[i][:, :protected], v[i][:, :protected], enable_gqa=True
-            )
-            rest = window_cache_attention(q[i][:, kept:], s[0][i], s[1][i], n[0][i], n[1][i], at, sinks, SCALE, True)
-            return full, rest
+    def windows(i: int) -> tuple[Tensor, ...]:
+        return query[i][:, kept:], stores[0][i], stores[1][i], new[0][i], new[1][i], last
 
-        def windows(i, q=query, s=stores, n=new, at=last, kept=kept):
-            return window_cache_attention(q[i][:, kept:], s[0][i], s[1][i], n[0][i], n[1][i], at, sinks, SCALE, True)
+    def whole(i: int) -> Tensor:
+        held = (tensor[i][:, :protected] for tensor in (key, value))
+        return F.scaled_dot_product_attention(query[i][:, :kept], *held, enable_gqa=True)
 
-        yield Case(
-            "split cache (RazorAttention)",
-            f"{context} tokens, {protected} of {HEADS} heads whole, {share:.0%} of the bytes",
-            {
-                "split": ours,
-                "windows alone": windows,
-                "bf16": lambda i, q=query, k=key, v=value: F.scaled_dot_product_attention(
-                    q[i], k[i], v[i], enable_gqa=True
-                ),
-            },
-            check=lambda y, q=query, s=stores, n=new, at=last, kept=kept: relative_error(
-                y[1],
-                window_reference(q[0][:, kept:], s[0][0], s[1][0], n[0][0], n[1][0], at, sinks, SCALE, True).double(),
-            ),
-            moved=round(share * 2 * 2 * HEADS * context * HEAD_DIM),
-            operations=4 * QUERY_HEADS * context * HEAD_DIM,
-            goals=(Goal("bf16", 1 / (1.2 * share)),),
-            sets=many,
-        )
+    return Case(
+        "split cache (RazorAttention)",
+        f"{context} tokens, {protected} of {HEADS} heads whole, {share:.0%} of the bytes",
+        {
+            "split": lambda i: (whole(i), window_cache_attention(*windows(i), sinks, SCALE, True)),
+            "windows alone": lambda i: window_cache_attention(*windows(i), sinks, SCALE, True),
+            "bf16": lambda i: F.scaled_dot_product_attention(query[i], key[i], value[i], enable_gqa=True),
+        },
+        check=lambda y: relative_error(y[1], window_reference(*windows(0), sinks, SCALE, True)),
+        moved=round(share * 2 * 2 * HEADS * context * HEAD_DIM),
+        operations=4 * QUERY_HEADS * context * HEAD_DIM,
+        goals=(Goal("bf16", 1 / (1.2 * share)),),
+        sets=many,
+    )
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
 
 
 def _stores(cache: Tensor, bits: int, mode: str) -> tuple[Tensor, Tensor]:

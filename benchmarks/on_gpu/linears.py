@@ -28,124 +28,145 @@ GROUP = 128
 
 def int8() -> Iterator[Case]:
     """Dynamic W8A8 against bfloat16, torch's product of int8 with the same rounding around it, and torchao."""
-    for inputs, outputs in LAYERS:
+    for layer in LAYERS:
         for tokens in (1, 16, 512, 4096):
-            many = sets_for(inputs * outputs)
-            weights = [_weight(inputs, outputs, seed) for seed in range(many)]
-            packed = [quantize_per_channel(weight) for weight in weights]
-            x = _tokens(tokens, inputs, many)
-            candidates: dict[str, Run] = {
-                "int8_linear": lambda i, x=x, w=packed: int8_linear(x[i], *w[i]),
-                "bf16": lambda i, x=x, w=weights: F.linear(x[i], w[i]),
-            }
-            if tokens > 16:
-                candidates["torch._int_mm"] = lambda i, x=x, w=packed: _int_mm_linear(x[i], *w[i])
-            if find_spec("torchao") is not None:
-                candidates["torchao"] = _torchao(weights, x)
-            yield Case(
-                "int8_linear",
-                f"{inputs} -> {outputs}, {tokens} tokens",
-                candidates,
-                check=lambda y, x=x, w=packed: relative_error(y, int8_reference(x[0], *w[0])),
-                moved=inputs * outputs + 2 * tokens * (inputs + outputs),
-                operations=2 * tokens * inputs * outputs,
-                rate="int8",
-                goals=(Goal("bf16", {1: 1.5, 16: 1.5, 4096: 1.3}.get(tokens, 1.0)),),
-                sets=many,
-            )
+            yield _int8_case(*layer, tokens)
+
+
+def _int8_case(inputs: int, outputs: int, tokens: int) -> Case:
+    many = sets_for(inputs * outputs)
+    weights = [_weight(inputs, outputs, seed) for seed in range(many)]
+    packed = [quantize_per_channel(weight) for weight in weights]
+    x = _tokens(tokens, inputs, many)
+    candidates: dict[str, Run] = {
+        "int8_linear": lambda i: int8_linear(x[i], *packed[i]),
+        "bf16": lambda i: F.linear(x[i], weights[i]),
+    }
+    if tokens > 16:  # torch's product of int8 takes no fewer, and torchao calls it
+        candidates["torch._int_mm"] = lambda i: _int_mm_linear(x[i], *packed[i])
+        if find_spec("torchao") is not None:
+            candidates["torchao"] = _torchao(weights, x)
+    return Case(
+        "int8_linear",
+        f"{inputs} -> {outputs}, {tokens} tokens",
+        candidates,
+        check=lambda y: relative_error(y, int8_reference(x[0], *packed[0])),
+        moved=inputs * outputs + 2 * tokens * (inputs + outputs),
+        operations=2 * tokens * inputs * outputs,
+        rate="int8",
+        goals=(Goal("bf16", {1: 1.5, 16: 1.5, 4096: 1.3}.get(tokens, 1.0)),),
+        sets=many,
+    )
 
 
 def int4() -> Iterator[Case]:
     """W4A16 against bfloat16 and PyTorch's own product of 4-bit weights (tinygemm)."""
-    for inputs, outputs in LAYERS:
+    for layer in LAYERS:
         for tokens in (1, 16, 64, 512):
-            many = sets_for(inputs * outputs // 2)
-            weights = [_weight(inputs, outputs, seed) for seed in range(many)]
-            first = quantize_groups(weights[0], GROUP)
-            packed = [first, *(Int4(*(part.clone() for part in first)) for _ in weights[1:])]
-            x = _tokens(tokens, inputs, many)
-            candidates: dict[str, Run] = {
-                "int4_weight_linear": lambda i, x=x, w=packed: int4_weight_linear(x[i], *w[i][:3]),
-                "bf16": lambda i, x=x, w=weights: F.linear(x[i], w[i]),
-                "tinygemm": _tinygemm(outputs, inputs, x),
-            }
-            goal = (Goal("bf16", 2.0), Goal("tinygemm", 1.0)) if tokens <= 16 else (Goal("bf16", 1.0),)
-            yield Case(
-                "int4_weight_linear",
-                f"{inputs} -> {outputs}, {tokens} tokens",
-                candidates,
-                check=lambda y, x=x, w=packed: relative_error(y, int4_weight_reference(x[0], *w[0][:3])),
-                moved=inputs * outputs * (GROUP // 2 + 1) // GROUP + 2 * tokens * (inputs + outputs),
-                operations=2 * tokens * inputs * outputs,
-                goals=goal,
-                sets=many,
-            )
+            yield _int4_case(*layer, tokens)
+
+
+def _int4_case(inputs: int, outputs: int, tokens: int) -> Case:
+    many = sets_for(inputs * outputs // 2)
+    weights = [_weight(inputs, outputs, seed) for seed in range(many)]
+    first = quantize_groups(weights[0], GROUP)
+    packed = [first, *(Int4(*(part.clone() for part in first)) for _ in weights[1:])]
+    x = _tokens(tokens, inputs, many)
+    few = (Goal("bf16", 2.0), Goal("tinygemm", 1.0))
+    return Case(
+        "int4_weight_linear",
+        f"{inputs} -> {outputs}, {tokens} tokens",
+        {
+            "int4_weight_linear": lambda i: int4_weight_linear(x[i], *packed[i][:3]),
+            "bf16": lambda i: F.linear(x[i], weights[i]),
+            "tinygemm": _tinygemm(outputs, inputs, x),
+        },
+        check=lambda y: relative_error(y, int4_weight_reference(x[0], *packed[0][:3])),
+        moved=inputs * outputs * (GROUP // 2 + 1) // GROUP + 2 * tokens * (inputs + outputs),
+        operations=2 * tokens * inputs * outputs,
+        goals=few if tokens <= 16 else (Goal("bf16", 1.0),),
+        sets=many,
+    )
 
 
 def fused() -> Iterator[Case]:
     """Rotation and rounding, selection and rounding, selection alone: each in one pass over its rows?"""
-    from graphwright.kernels.nm_int8_linear_triton import launch_selection
-    from graphwright.kernels.nm_sparsify_triton import launch as launch_sparsify
+    for channels in (4096, 14336):
+        x = _tokens(16384, channels, 2)
+        yield _rotation_case(x)
+        for pattern in ((8, 16), (2, 4)):
+            yield from _selection_cases(x, *pattern)
+
+
+def _rotation_case(x: Tensor) -> Case:
+    from graphwright.kernels.hadamard import tile_fits
     from graphwright.kernels.token_grid_triton import launch_quantize
 
-    for channels in (4096, 14336):
-        tokens = 16384
-        x = _tokens(tokens, channels, 2)
-        factors = torch.rand(channels, device="cuda") + 0.5
-        rotated = channels == 4096
-        yield Case(
-            "hadamard and quantize" + ("" if rotated else " (two kernels)"),
-            f"{tokens} tokens of {channels}",
-            {"fused": lambda i, x=x: launch_quantize(x[i], 4, 1.0, True)},
-            check=(lambda y, x=x: _rotation_error(y, x[0])) if rotated else None,
-            tolerance=2e-3,
-            moved=tokens * channels * 3,
-            goals=(Goal("floor", 0.7),),
-            sets=2,
-        )
-        for n, m in ((8, 16), (2, 4)):
-            yield Case(
-                f"select {n}:{m} and quantize",
-                f"{tokens} tokens of {channels}",
-                {"fused": lambda i, x=x, n=n, m=m: launch_selection(x[i], factors, n, m)},
-                check=lambda y, x=x, n=n, m=m, f=factors: _selection_error(y, x[0], f, n, m),
-                tolerance=1e-2,
-                moved=tokens * channels * 3,
-                goals=(Goal("floor", 0.7),),
-                sets=2,
-            )
-            yield Case(
-                f"select {n}:{m}",
-                f"{tokens} tokens of {channels}",
-                {"nm_sparsify": lambda i, x=x, n=n, m=m: launch_sparsify(x[i], factors, n, m)},
-                check=lambda y, x=x, n=n, m=m, f=factors: float((y != select(x[0], f, n, m)).sum()),
-                tolerance=0.0,
-                moved=tokens * channels * 4,
-                goals=(Goal("floor", 0.7),),
-                sets=2,
-            )
+    tokens, channels = x.shape[1:]
+    one = tile_fits(channels, 2)
+    return Case(
+        "hadamard and quantize" + ("" if one else " (not fused)"),
+        f"{tokens} tokens of {channels}",
+        {"fused": lambda i: launch_quantize(x[i], 4, 1.0, True)},
+        check=lambda y: _rotation_error(y, x[0]),
+        tolerance=2e-3,
+        moved=tokens * channels * 3,
+        goals=(Goal("floor", 0.7),),
+        sets=len(x),
+    )
+
+
+def _selection_cases(x: Tensor, n: int, m: int) -> Iterator[Case]:
+    from graphwright.kernels.nm_int8_linear_triton import launch_selection
+    from graphwright.kernels.nm_sparsify_triton import launch as launch_sparsify
+
+    tokens, channels = x.shape[1:]
+    factors = torch.rand(channels, device="cuda") + 0.5
+    yield Case(
+        f"select {n}:{m} and quantize",
+        f"{tokens} tokens of {channels}",
+        {"fused": lambda i: launch_selection(x[i], factors, n, m)},
+        check=lambda y: _selection_error(y, x[0], factors, n, m),
+        moved=tokens * channels * 3,
+        goals=(Goal("floor", 0.7),),
+        sets=len(x),
+    )
+    yield Case(
+        f"select {n}:{m}",
+        f"{tokens} tokens of {channels}",
+        {"nm_sparsify": lambda i: launch_sparsify(x[i], factors, n, m)},
+        check=lambda y: float((y != select(x[0], factors, n, m)).sum()),
+        tolerance=0.0,
+        moved=tokens * channels * 4,
+        goals=(Goal("floor", 0.7),),
+        sets=len(x),
+    )
 
 
 def two_of_four() -> Iterator[Case]:
     """2:4 activations on sparse tensor cores against dense bfloat16 and dense float8."""
-    for inputs, outputs in LAYERS:
+    for layer in LAYERS:
         for tokens in (512, 4096):
-            weight = _weight(inputs, outputs, 0)
-            x = _tokens(tokens, inputs, 4)
-            yield Case(
-                "nm_linear 2:4",
-                f"{inputs} -> {outputs}, {tokens} tokens",
-                {
-                    "nm_linear": lambda i, x=x, w=weight: nm_linear(x[i], None, w, None, 2, 4),
-                    "bf16": lambda i, x=x, w=weight: F.linear(x[i], w),
-                    "float8": _float8(weight, x),
-                },
-                check=lambda y, x=x, w=weight: relative_error(y, select(x[0], None, 2, 4).double() @ w.double().T),
-                moved=2 * (inputs * outputs + tokens * (inputs + outputs)),
-                operations=tokens * inputs * outputs,
-                goals=(Goal("bf16", 1.0),),
-                sets=4,
-            )
+            yield _two_of_four_case(*layer, tokens)
+
+
+def _two_of_four_case(inputs: int, outputs: int, tokens: int) -> Case:
+    weight = _weight(inputs, outputs, 0)
+    x = _tokens(tokens, inputs, 4)
+    return Case(
+        "nm_linear 2:4",
+        f"{inputs} -> {outputs}, {tokens} tokens",
+        {
+            "nm_linear": lambda i: nm_linear(x[i], None, weight, None, 2, 4),
+            "bf16": lambda i: F.linear(x[i], weight),
+            "float8": _float8(weight, x),
+        },
+        check=lambda y: relative_error(y, select(x[0], None, 2, 4).double() @ weight.double().T),
+        moved=2 * (inputs * outputs + tokens * (inputs + outputs)),
+        operations=tokens * inputs * outputs,
+        goals=(Goal("bf16", 1.0),),
+        sets=len(x),
+    )
 
 
 def _weight(inputs: int, outputs: int, seed: int) -> Tensor:
@@ -161,7 +182,7 @@ def _tokens(tokens: int, channels: int, many: int) -> Tensor:
 def _int_mm_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     step = x.float().abs().amax(-1, keepdim=True) / 127
     whole = (x / step).round().to(torch.int8)
-    return (torch._int_mm(whole, weight.T) * (step * scale)).to(x.dtype)
+    return (torch.ops.aten._int_mm(whole, weight.T) * (step * scale)).to(x.dtype)
 
 
 def _torchao(weights: list[Tensor], x: Tensor) -> Callable[[int], Any]:
@@ -173,8 +194,8 @@ def _torchao(weights: list[Tensor], x: Tensor) -> Callable[[int], Any]:
         layer.weight.data.copy_(weight)
         quantize_(layer, Int8DynamicActivationInt8WeightConfig())
         quantized.append(layer.weight)
-    # One compiled function for all input sets, and none of the last case's.
-    torch._dynamo.reset()
+    # One compiled function for all input sets; those of the last case are not kept.
+    torch.compiler.reset()
     compiled = torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False)
     return lambda i: compiled(x[i], quantized[i])
 
@@ -196,7 +217,7 @@ def _float8(weight: Tensor, x: Tensor) -> Callable[[int], Tensor]:
 
     def run(i: int) -> Tensor:
         step = x[i].abs().amax().float() / 448
-        return torch._scaled_mm((x[i] / step).to(kind), narrow.T, step, one, out_dtype=x.dtype)
+        return torch.ops.aten._scaled_mm((x[i] / step).to(kind), narrow.T, step, one, out_dtype=x.dtype)
 
     return run
 

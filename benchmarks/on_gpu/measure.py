@@ -94,17 +94,19 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def ceilings() -> Ceilings:
     """Measure them: a copy of 4 GiB, products of 8192 x 8192."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    copy = timed({"copy": lambda _: target.copy_(source)}, 1)["copy"]
-    found = Ceilings(2 * source.numel() / copy)
-    del source, target
+    found = Ceilings(_bandwidth())
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     whole_a, whole_b = torch.randint(-127, 128, (2, 8192, 8192), device="cuda", dtype=torch.int8)
-    products = {"bf16": lambda _: a @ b.T, "int8": lambda _: torch._int_mm(whole_a, whole_b.T)}
+    products = {"bf16": lambda _: a @ b.T, "int8": lambda _: torch.ops.aten._int_mm(whole_a, whole_b.T)}
     for name, seconds in timed(products, 1).items():
         found.rates[name] = 2 * 8192**3 / seconds
     return found
+
+
+def _bandwidth() -> float:
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / timed({"copy": lambda _: target.copy_(source)}, 1)["copy"]
 
 
 def measure(case: Case, limits: Ceilings) -> dict[str, Any]:

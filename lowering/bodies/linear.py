@@ -75,10 +75,17 @@ def int4_weight_linear_body(
 
 def int8_linear_body(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`int8_linear` in float operators: exact up to K = 1040, as the reference."""
+    tokens, step = rounded_tokens(x)
+    y = F.linear(tokens, weight.float()) * scale * step
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def rounded_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens rounded to 8 bits, as whole float32 [..., K], and their steps [..., 1]."""
     tokens = x.float()
     step = (tokens.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(_TINY)
-    y = F.linear((tokens / step).round(), weight.float()) * scale * (step + (step - step))
-    return (y if bias is None else y + bias.float()).to(x.dtype)
+    # A token with an infinity is all NaN, as the operator has it: its step says so.
+    return (tokens / step).round(), step + (step - step)
 
 
 def nm_int8_linear_body(

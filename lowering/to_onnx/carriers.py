@@ -2,6 +2,7 @@
 
     graphwright_onnx::matmul_integer(a, b, zero)     MatMulInteger: uint8 [.., K] less its zero by int8 [K, N] to int32
     graphwright_onnx::matmul_integer_to_float(..)    MatMulIntegerToFloat of com.microsoft: the same times a scale [N]
+    graphwright_onnx::int8_floats(weight, scale)     DequantizeLinear of int8 [N, K], a scale a row
     graphwright_onnx::int4_values(packed, k, n)      Cast of a 4-bit initializer [K, N] to int8
     graphwright_onnx::int4_floats(packed, scale..)   DequantizeLinear of it, in blocks of rows, to float [K, N]
     graphwright_onnx::matmul_nbits(x, weight, ..)    MatMulNBits of com.microsoft
@@ -41,6 +42,17 @@ def matmul_integer_to_float(a: Tensor, b: Tensor, scale: Tensor, zero: int) -> T
 @matmul_integer_to_float.register_fake
 def _(a: Tensor, b: Tensor, scale: Tensor, zero: int) -> Tensor:
     return scale.new_empty((*a.shape[:-1], b.shape[1]))
+
+
+@torch.library.custom_op(f"{NAMESPACE}::int8_floats", mutates_args=())
+def int8_floats(weight: Tensor, scale: Tensor) -> Tensor:
+    """8-bit integers [N, K] times the scale [N] of their row, in the scale's dtype."""
+    return weight.to(scale.dtype) * scale[:, None]
+
+
+@int8_floats.register_fake
+def _(weight: Tensor, scale: Tensor) -> Tensor:
+    return scale.new_empty(weight.shape)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::int4_values", mutates_args=())

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -31,13 +31,15 @@ from ...passes.copy_exported import copy_exported
 from ..apply import apply
 from ..registry import Choice, choose_all, require
 from ..state_io import Interface, without_state
-from ..targets import require_packages
+from ..targets import Target, require_packages
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 Ops = Literal["portable", "ort", "function"]
 OPSETS = (23, 24)
+Translations = Callable[[ExportedProgram], dict[Any, Callable[..., Any]]]
+"""Of the operators that a program calls: operator -> a function that builds ONNX nodes for it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,13 @@ def plan(exported: ExportedProgram, ops: str = "portable") -> list[Choice]:
 
 
 def lower_onnx(
-    exported: ExportedProgram, *, opset: int = 23, ops: str = "portable", shared: dict[str, Tensor] | None = None
+    exported: ExportedProgram,
+    *,
+    opset: int = 23,
+    ops: str = "portable",
+    shared: dict[str, Tensor] | None = None,
+    target: Target = "onnx",
+    kept: Translations | None = None,
 ) -> OnnxModel:
     """Lower one phase.
 
@@ -91,6 +99,8 @@ def lower_onnx(
         opset: 23 or 24.
         ops: What graphwright's operators become, see the module.
         shared: Tensors that lowering makes anew, by name, for the phases to share.
+        target: Whose lowerings are taken: ONNX's own, or those of a target that reads ONNX.
+        kept: Translations of the calls that the target's lowerings keep; nodes of functions by default.
 
     Raises:
         InvalidArgument: An opset or `ops` that does not exist.
@@ -99,13 +109,13 @@ def lower_onnx(
     """
     check_options(opset, ops)
     require_packages("onnx")
-    choices = plan(exported, ops)
-    require(choices, "onnx")
+    choices = plan(exported, ops) if target == "onnx" else choose_all(exported.graph.nodes, target)
+    require(choices, target)
     program = copy_exported(exported)
     calls = {node.name: node for node in program.graph.nodes}
     own = [Choice(calls[choice.node.name], choice.lowering, choice.passed_over) for choice in choices]
     program, interface = without_state(apply(program, own, shared))
-    model = translate(program)
+    model = translate(program, kept)
     if ops == "function":
         from .functions import attach
 
@@ -127,8 +137,8 @@ def _lower_one(program: ExportedProgram) -> ir.Model:
     return model
 
 
-def translate(program: ExportedProgram) -> ir.Model:
-    """A stateless program of ATen and carriers as a model of opset 23.
+def translate(program: ExportedProgram, kept: Translations | None = None) -> ir.Model:
+    """A stateless program of ATen, carriers and kept calls as a model of opset 23.
 
     Raises:
         UnsupportedLowering: torch.onnx has no translation of an operator.
@@ -140,7 +150,7 @@ def translate(program: ExportedProgram) -> ir.Model:
     from .translations import translations
 
     # Opset 24 extends types only, of what is emitted here; torch.onnx fuses rotary embeddings for 23 alone.
-    table = translations() | function_translations(program)
+    table = translations() | (kept or function_translations)(program)
     with _quiet():
         try:
             made: Any = torch.onnx.export(

@@ -26,7 +26,7 @@ from ...kernels.int4_weights import unpack
 from ...passes.edit import Edit
 from ...patterns.nodes import arguments
 from ..apply import Body, Rewrite
-from ..bodies.linear import int4_linear_with, nm_sparsify_body, on_grid, scaled
+from ..bodies.linear import int4_linear_with, nm_sparsify_body, on_grid, rounded_tokens, scaled
 from ..bodies.rotation import ROTATE, rotate, rotate_first
 from ..registry import Lowering, register
 from .carriers import int4_values, matmul_integer, matmul_integer_to_float, pack_int4
@@ -35,29 +35,26 @@ aten = torch.ops.aten
 _carriers = torch.ops.graphwright_onnx
 ZERO = 128
 """What is added to signed integers to make them unsigned."""
-_TINY = torch.finfo(torch.float32).tiny
 
 
 def int8_body(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`int8_linear` with its integer product: x [..., K], weight int8 [N, K]."""
-    quantized, step = _rounded_tokens(x)
+    quantized, step = _unsigned_tokens(x)
     y = matmul_integer(quantized, weight.t(), ZERO).float() * scale * step
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def int8_fused_body(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same with ONNX Runtime's product that scales what it writes."""
-    quantized, step = _rounded_tokens(x)
+    quantized, step = _unsigned_tokens(x)
     y = matmul_integer_to_float(quantized, weight.t(), scale, ZERO) * step
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _rounded_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+def _unsigned_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens as uint8 [..., K], `ZERO` added, and their steps [..., 1]."""
-    tokens = x.float()
-    step = (tokens.abs().amax(-1, keepdim=True) * (1 / 127)).clamp_min(_TINY)
-    # A token with an infinity is all NaN, as the operator has it: its step says so.
-    return ((tokens / step).round() + ZERO).to(torch.uint8), step + (step - step)
+    tokens, step = rounded_tokens(x)
+    return (tokens + ZERO).to(torch.uint8), step
 
 
 def nm_int8_body(
@@ -97,7 +94,7 @@ def _(x: Tensor, packed: Tensor, steps: Tensor, scale: Tensor, *rest: Any) -> Te
 
 def _portable_int4(edit: Edit, node: Node) -> Node:
     a = arguments(node)
-    (_, n), packed = _int4_buffer(edit, a)
+    (_, n), packed = int4_buffer(edit, a)
     name, steps = edit.view.target(a["weight"]), edit.constant(a["steps"])
     by_group = edit.buffer(f"{name}.onnx_steps", lambda: steps[:, None, :n].contiguous())
     sums = edit.buffer(f"{name}.onnx_sums", lambda: edit.constant(a["sums"]).float())
@@ -108,9 +105,10 @@ def _portable_int4(edit: Edit, node: Node) -> Node:
     return edit.call(_carriers.int4_tokens.default, x, packed, by_group, a["scale"], sums, *rest, like=node)
 
 
-def _portable_int4_weight(edit: Edit, node: Node) -> Node:
+def portable_int4_weight(edit: Edit, node: Node) -> Node:
+    """`int4_weight_linear`, as `Rewrite` wants it: the weight stays in 4 bits."""
     a = arguments(node)
-    (k, n), packed = _int4_buffer(edit, a)
+    (k, n), packed = int4_buffer(edit, a)
     dtype = a["x"].meta["val"].dtype
     name = edit.view.target(a["weight"])
     scale = edit.buffer(f"{name}.onnx_scale", lambda: _block_scale(edit, a, n).to(dtype).contiguous())
@@ -119,7 +117,7 @@ def _portable_int4_weight(edit: Edit, node: Node) -> Node:
     return y if a["bias"] is None else edit.call(aten.add.Tensor, y, _as(edit, a["bias"], dtype, node), like=node)
 
 
-def _int4_buffer(edit: Edit, a: dict[str, Any]) -> tuple[tuple[int, int], Node]:
+def int4_buffer(edit: Edit, a: dict[str, Any]) -> tuple[tuple[int, int], Node]:
     """K and N, and the 4-bit weight as ONNX packs it."""
     n = edit.constant(a["scale"]).shape[0]
     stored = edit.constant(a["weight"])
@@ -169,7 +167,7 @@ def _as(edit: Edit, value: Node, dtype: torch.dtype, like: Node) -> Node:
     return value if same else edit.call(aten.to.dtype, value, dtype, like=like)
 
 
-def _stored_only(node: Node, operator: Operator) -> str | None:
+def stored_only(node: Node, operator: Operator) -> str | None:
     """Packing anew needs the stored weight."""
     weight = arguments(node)["weight"]
     return None if weight.op == "placeholder" else f"its weight is computed by {weight.name}, not stored"
@@ -177,7 +175,7 @@ def _stored_only(node: Node, operator: Operator) -> str | None:
 
 def _nbits_takes(node: Node, operator: Operator) -> str | None:
     a = arguments(node)
-    if (reason := _stored_only(node, operator)) is not None:
+    if (reason := stored_only(node, operator)) is not None:
         return reason
     if a["x"].meta["val"].dtype == torch.bfloat16:
         return "ONNX Runtime has no MatMulNBits of bfloat16"
@@ -197,14 +195,14 @@ for _lowering in (
     Lowering("int8_linear", "onnx", "MatMulInteger of rounded tokens", Body(int8_body)),
     Lowering("int8_linear", "onnx", INT8, Body(int8_fused_body), priority=10, choices=("ort",)),
     Lowering("int4_linear", "onnx", "MatMulInteger, the weight unpacked when it runs", _unpacked, priority=-1),
-    Lowering("int4_linear", "onnx", "MatMulInteger of a 4-bit weight", _packed, _stored_only, choices=STORED),
+    Lowering("int4_linear", "onnx", "MatMulInteger of a 4-bit weight", _packed, stored_only, choices=STORED),
     Lowering("int4_linear", "onnx", INT4, Rewrite(_nbits_int4, ROTATE), _nbits_takes, 10, ("ort",)),
     Lowering(
         "int4_weight_linear",
         "onnx",
         "DequantizeLinear of a 4-bit weight, MatMul",
-        Rewrite(_portable_int4_weight),
-        _stored_only,
+        Rewrite(portable_int4_weight),
+        stored_only,
         choices=STORED,
     ),
     Lowering("int4_weight_linear", "onnx", INT4, Rewrite(_nbits_int4), _nbits_takes, 10, ("ort",)),

@@ -93,6 +93,9 @@ def translations() -> dict[Any, Callable[..., Any]]:
         made.dtype = x.dtype
         return made
 
+    def int8_floats(weight: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(weight, scale, axis=0)
+
     def int4_values(packed: Any, k: int, n: int) -> Any:
         return values.Op(marked, "Values", cast)(packed, k=k, n=n)
 
@@ -125,6 +128,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
         carriers.matmul_integer.default: matmul_integer,
         carriers.matmul_integer_to_float.default: matmul_integer_to_float,
         carriers.matmul_nbits.default: matmul_nbits,
+        carriers.int8_floats.default: int8_floats,
         carriers.int4_values.default: int4_values,
         carriers.int4_floats.default: int4_floats,
     }

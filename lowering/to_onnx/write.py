@@ -53,7 +53,7 @@ def export(source: Source, path: Path, *, opset: int = 23, ops: str = "portable"
             name: lower_onnx(phase.exported, opset=opset, ops=ops, shared=shared)
             for name, phase in source.phases.items()
         }
-        stored = {name: value.contiguous() for name, value in source.initial.items() if _constant(value) is None}
+        stored = {name: value.contiguous() for name, value in source.initial.items() if constant(value) is None}
         documents = _documents(source, lowered, source.files(path), stored)
         for name, made in lowered.items():
             made.model.metadata_props[KEY] = json.dumps(documents[name])
@@ -89,7 +89,7 @@ def _documents(
         for name, made in lowered.items()
     ]
     facts = {key: source.facts[key] for key in ("batch_size", "max_cache_len") if key in source.facts}
-    state = {key: None if key in stored else _constant(value) for key, value in source.initial.items()}
+    state = {key: None if key in stored else constant(value) for key, value in source.initial.items()}
     common = {
         "version": 1,
         "kind": source.kind,
@@ -109,7 +109,7 @@ def _documents(
     }
 
 
-def _constant(value: Tensor) -> float | int | bool | None:
+def constant(value: Tensor) -> float | int | bool | None:
     """The number that a tensor holds throughout, None where it holds several."""
     if not value.numel():
         return 0

@@ -122,7 +122,7 @@ def _part(sm: int, mode: str, bits: tuple[int, int], dim: int, rows: int, dtype:
         "DIM": dim, "WIDTH": dim, "KEY_BITS": bits[0], "VALUE_BITS": bits[1], "KIVI": mode == "kivi", "COMPILED": True,
         "BLOCK_R": rows, "BLOCK_T": block_t, "BLOCK_D": dim, "BLOCK_E": dim, "PADDED": True, **sides,
     }  # fmt: skip
-    return Request(f"{ATTEND}:_part_kernel", signature, constants, sm, warps, num_stages=2)
+    return Request(f"{ATTEND}:_part_kernel", signature, constants, sm, warps, 2, aligned=("key_size", "value_size"))
 
 
 def _append(sm: int, form: int, bits: int, dim: int) -> Request:

@@ -64,8 +64,8 @@ def test_lowerings_stand_for_their_choices_only():
 
 
 def test_what_has_no_lowering_is_refused_by_name():
-    choices = choose_all(CALLS["int8_linear"].program().graph.nodes, "tensorrt")
-    with pytest.raises(UnsupportedLowering, match="to tensorrt: graphwright::int8_linear: graphwright has no"):
+    choices = choose_all(CALLS["cache_append, a piece"].program().graph.nodes, "tensorrt")
+    with pytest.raises(UnsupportedLowering, match="to tensorrt: graphwright::cache_append: TensorRT computes nothing"):
         require(choices, "tensorrt")
 
 

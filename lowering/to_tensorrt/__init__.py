@@ -1,0 +1,1 @@
+"""TensorRT: a bundle of ONNX models with plugin nodes, the plugins' PTX, and what builds engines of them."""
