@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .profiles.budget import Budget
     from .profiles.compact_attention import CompactAttention
     from .profiles.dartquant import DartQuant
+    from .profiles.freekv import FreeKV
     from .profiles.int8 import Int8
     from .profiles.kvtuner import KVTuner
     from .profiles.losa import LoSA
@@ -53,6 +54,7 @@ _HOME = {
     "CompactAttention": "profiles.compact_attention",
     "DartQuant": "profiles.dartquant",
     "Decision": "passes.decision",
+    "FreeKV": "profiles.freekv",
     "GraphwrightError": "errors",
     "Int8": "profiles.int8",
     "KVTuner": "profiles.kvtuner",
@@ -85,6 +87,7 @@ __all__ = [
     "CompactAttention",
     "DartQuant",
     "Decision",
+    "FreeKV",
     "GraphwrightError",
     "Int8",
     "KVTuner",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 class GraphwrightError(Exception):
     """Any error that graphwright raises on purpose; the command line prints it in one line and exits with 2."""
@@ -37,6 +42,16 @@ class MissingKernel(GraphwrightError, NotImplementedError):
 
 class UnsupportedLowering(GraphwrightError, NotImplementedError):
     """A target cannot take an operator, a size or a dtype of a program; the message names it."""
+
+
+class OffloadError(GraphwrightError, OSError):
+    """The slow memory of a cache fails or is full.
+
+    Attributes:
+        generated: What `Program.generate` had by then, prompt included: int64 [batch, tokens]; None elsewhere.
+    """
+
+    generated: Tensor | None = None
 
 
 class MissingExtra(GraphwrightError, ImportError):

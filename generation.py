@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, OffloadError
 from .prompts import Prompts, left_padded
 
 if TYPE_CHECKING:
@@ -47,7 +47,14 @@ def generate(program: Program, tokens: Prompts, attention_mask: Tensor | None, h
     length, limit = tokens.shape[1], program.facts["max_cache_len"]
     if length + how.max_new_tokens > limit + 1:
         raise InvalidArgument(f"{length} + {how.max_new_tokens} tokens do not fit the captured cache of {limit}")
-    return torch.cat([tokens, *_new_tokens(program, tokens, padding, how)], 1)
+    text = [tokens]
+    try:
+        for chunk in _new_tokens(program, tokens, padding, how):
+            text.append(chunk)
+    except OffloadError as error:
+        error.generated = torch.cat(text, 1)
+        raise
+    return torch.cat(text, 1)
 
 
 def _new_tokens(program: Program, tokens: Tensor, padding: tuple[Tensor, ...], how: Sampling) -> Iterator[Tensor]:

@@ -16,9 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import InvalidArgument
 from .generation import Sampling, generate
 from .inputs import CallSignature, bind, require_all
+from .kernels.contract import missing_kernel
+from .kernels.slow_pool import nowhere
 from .lowering.eager import lower_eager
+from .offload import Offload, figures
 from .passes.decision import Decision
 from .passes.manager import PassRecord
 from .patterns.find import Sites, find_sites
@@ -71,8 +75,9 @@ class Program:
             phase.name: CallSignature(phase.exported, inputs, facts.get("max_cache_len")) for phase in phases
         }
         self._lowered: dict[str, Any] = {}
+        self._offload = Offload(phases)
         self._order = StepOrder(self.phases, self._state, self.initial_state, self.reset)
-        self._initial = {name: _initial_value(tensor) for name, tensor in self._state().items()}
+        self._initial = {name: _initial_value(tensor) for name, tensor in self._state(offloaded=False).items()}
         self._sites: dict[str, Sites] = {}
 
     # ---- running
@@ -114,22 +119,27 @@ class Program:
 
     def _run(self, phase: str) -> Any:
         if phase not in self._lowered:
+            self._offload.place()
             self._lowered[phase] = lower_eager(self.phases[phase].exported)
         return self._lowered[phase]
 
     def reset(self) -> None:
         """Set all state back to what it was at capture: an empty cache."""
-        for name, tensor in self._state().items():
+        if not self._offload.is_mine:
+            self.offload_to()
+        self._offload.settle()
+        for name, tensor in self._state(offloaded=False).items():
             initial = self._initial[name]
             tensor.copy_(initial) if isinstance(initial, Tensor) else tensor.fill_(initial)
         self._order.restart()
 
     def initial_state(self) -> dict[str, Tensor]:
         """State as it was at capture, by fully qualified name; new tensors, which the phases do not read."""
-        return {
-            name: value.clone() if isinstance(value := self._initial[name], Tensor) else torch.full_like(tensor, value)
-            for name, tensor in self._state().items()
-        }
+        state = self._state()
+        made = {name: nowhere(state[name], self.device) for name in self._offload.names}
+        for name, value in self._initial.items():
+            made[name] = value.clone() if isinstance(value, Tensor) else torch.full_like(state[name], value)
+        return made
 
     def generate(
         self,
@@ -177,11 +187,44 @@ class Program:
 
         Raises:
             InvalidArgument: The device is not there.
+            MissingKernel: Pages of the cache lie in a file, and that is for the CPU only.
         """
+        if self._offload.names and torch.device(device).type != "cpu":
+            raise missing_kernel("page_append", device)
         move_phases(list(self.phases.values()), device)
         self._lowered.clear()
         self._order.forget_branches()
         return self
+
+    def offload_to(self, folder: str | Path | None = None, *, buffers: int | None = None) -> None:
+        """Let pages of the cache that are not at hand lie in another folder; what the cache held is forgotten.
+
+        A program of FreeKV keeps them in one file of its own, which has no name and goes with the program. It is made
+        when the program runs first, by default in the system's folder for temporary files.
+
+        Args:
+            folder: A folder of a disk with room; None leaves it where it is, and only makes a new file.
+            buffers: 2 copies one head's pages to their places, in a thread of its own, while the next head's are read;
+                1, as it is at first, does both in turn.
+
+        Raises:
+            InvalidArgument: Another number of buffers.
+        """
+        if buffers not in (None, 1, 2):
+            raise InvalidArgument(f"buffers must be 1 or 2, got {buffers}")
+        self._offload.drop(folder, buffers)
+        self._lowered.clear()
+        self.reset()
+
+    def offload_figures(self) -> dict[str, float]:
+        """What was brought from the slow memory since the last reset: see `offload.figures`. Empty without FreeKV."""
+        self._offload.settle()
+        state = self._state()
+        return figures(state[name] for name in self._offload.counts)
+
+    def offloaded_bytes(self) -> int:
+        """Bytes of pages on the disk."""
+        return self._offload.bytes
 
     # ---- what was done
 
@@ -295,8 +338,8 @@ class Program:
         return sum(storages.values())
 
     def state_bytes(self) -> int:
-        """Bytes of the state tensors."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._state().values())
+        """Bytes of the state tensors in memory; pages on a disk are not among them."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._state(offloaded=False).values())
 
     def time(self, *args: Any, repeats: int = 3, **kwargs: Any) -> float:
         """Least seconds of a call over `repeats`."""
@@ -314,8 +357,9 @@ class Program:
         """Device of the weights."""
         return device_of(next(iter(self.phases.values())).exported)
 
-    def _state(self) -> dict[str, Tensor]:
-        return {name: tensor for phase in self.phases.values() for name, tensor in state_of(phase.exported).items()}
+    def _state(self, *, offloaded: bool = True) -> dict[str, Tensor]:
+        state = {name: tensor for phase in self.phases.values() for name, tensor in state_of(phase.exported).items()}
+        return {name: tensor for name, tensor in state.items() if offloaded or name not in self._offload.names}
 
     # ---- files
 

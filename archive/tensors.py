@@ -65,6 +65,8 @@ class TensorWriter:
             if key in views:
                 base, offset = views[key]
                 entry["view"] = [base, offset, list(tensor.stride())]
+            elif key in state and _is_spread(tensor):
+                entry["fill"], entry["spread"] = _fill(tensor[(0,) * tensor.dim()].reshape(1)), True
             elif key in state and tensor.is_contiguous() and (fill := _fill(tensor)) is not None:
                 entry["fill"] = fill
             else:
@@ -169,7 +171,7 @@ def _read_header(file: mmap.mmap, start: int, size: int, table: Mapping[str, Map
 
 def _check_memory(table: Mapping[str, Mapping[str, Any]]) -> None:
     # What is stored is bounded by the file; a fill is a few bytes that can ask for any amount of memory.
-    filled = sum(_table_bytes(entry) for entry in table.values() if "fill" in entry)
+    filled = sum(_table_bytes(entry) for entry in table.values() if "fill" in entry and "spread" not in entry)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if filled > memory:
         raise InvalidFile(f"the state takes {filled} bytes, this machine has {memory}")
@@ -181,6 +183,8 @@ def _read_whole(file: mmap.mmap, offset: int | None, entry: Mapping[str, Any]) -
         element = bytes.fromhex(entry["fill"])
         if len(element) != dtype.itemsize:
             raise InvalidFile(f"{entry['fill']!r} is not one element of {dtype}")
+        if "spread" in entry:
+            return torch.frombuffer(bytearray(element), dtype=dtype)[0].expand(shape)
         if not any(element):
             return torch.zeros(shape, dtype=dtype)
         return torch.frombuffer(bytearray(element), dtype=dtype)[0].expand(shape).clone(memory_format=_CONTIGUOUS)
@@ -283,6 +287,11 @@ def _reach(tensor: Tensor) -> tuple[int, int]:
 
 def _span(tensor: Tensor) -> int:
     return 1 + sum((count - 1) * stride for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    """Whether the tensor is one element of memory, seen everywhere: it stands for what is made when a program runs."""
+    return tensor.numel() > 1 and not any(tensor.stride())
 
 
 def _is_dense(tensor: Tensor) -> bool:

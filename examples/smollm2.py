@@ -8,6 +8,7 @@
                          5 steps; goes on where it was if --folder names the folder of an earlier run
 --method kvtuner         a cache of 4 bits on average, searched for on calibration text
 --method razor           the whole cache for a quarter of the heads, with settings for short contexts
+--method freekv          a budget of 2048 tokens of the cache in memory, all of it on disk; with --context 8192 and more
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import graphwright as gw
 from graphwright.benchmarks.passkey import found, hide
 from graphwright.examples.compare_caches import block_of, compare_caches
 from graphwright.examples.compare_linears import compare_linears
+from graphwright.examples.compare_offload import WRITTEN, compare_offload
 from graphwright.examples.compare_sparse import compare_sparse
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import perplexity, read_text, token_windows
@@ -38,11 +40,12 @@ CHOICES = {
     # The published rate is for thousands of rows; these few texts take a larger one (docs/sparse-linears.md).
     "losa": gw.LoSA(lr=1e-3, samples=16, checkpointing=False),
     "razor": gw.RazorAttention(**SHORT_CONTEXT),
+    "freekv": gw.FreeKV(),
 }
 """Methods with settings for this model; any other name is taken with its defaults."""
 CACHE = 1024
-"""Tokens that are captured."""
-WINDOWS = {"amber": (512, 2), "outstanding": (512, 2), "losa": (256, None)}
+"""Tokens that are captured, unless --context says how many."""
+WINDOWS = {"amber": (512, 2), "outstanding": (512, 2), "losa": (256, None), "freekv": (64, 1)}
 """Tokens of a window and how many of them, for calibration; None takes all."""
 
 
@@ -50,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="int8", help="a method's name, or 'none' for the canonical program")
     parser.add_argument("--layers", type=int, help="use only this many layers")
+    parser.add_argument("--context", type=int, default=CACHE, help="tokens that the cache holds")
     parser.add_argument("--windows", type=int, default=2, help="windows of 512 tokens for the perplexity")
     parser.add_argument("--save", help="write the program here (.gw)")
     parser.add_argument("--train-steps", type=int, default=40, help="updates in each step of losa")
@@ -57,7 +61,7 @@ def main() -> None:
     options = parser.parse_args()
 
     model, tokenizer = load_smollm2(layers=options.layers), load_tokenizer()
-    captured = gw.capture_causal_lm(model, max_cache_len=CACHE)
+    captured = gw.capture_causal_lm(model, max_cache_len=options.context)
     methods = [] if options.method == "none" else [CHOICES.get(options.method, options.method)]
     if options.method == "losa":
         changes = {"train_steps": options.train_steps, "folder": options.folder}
@@ -94,10 +98,15 @@ def main() -> None:
     cache = next((d for d in program.decisions if d.status == "kept" and d.pass_name in of_cache), None)
     if cache is not None:  # a prefill does not see what its cache becomes
         Console().print(compare_caches(program, canonical, windows, block_of(cache)))
+    if options.method == "freekv":
+        text = token_windows(tokenizer, read_text("evaluation"), options.context - WRITTEN, 1)
+        Console().print(compare_offload(program, canonical, tokenizer, text))
     if options.method == "razor":
-        texts = list(hide(tokenizer, read_text("evaluation"), CACHE, (0.0, 0.25, 0.5, 0.75, 1.0)))
+        texts = list(hide(tokenizer, read_text("evaluation"), options.context, (0.0, 0.25, 0.5, 0.75, 1.0)))
         for name, each in {"full cache": canonical, "razor": program}.items():
-            print(f"{name}: finds {found(each, texts)[0]:.0%} of {len(texts)} numbers hidden in {CACHE} tokens")
+            print(
+                f"{name}: finds {found(each, texts)[0]:.0%} of {len(texts)} numbers hidden in {options.context} tokens"
+            )
     prompt = torch.tensor([tokenizer("The capital of France is")["input_ids"]])
     print(tokenizer.decode(program.generate(prompt, 20, eos_token_id=tokenizer.eos_token_id)[0]))
     if options.save:

@@ -88,6 +88,7 @@ class Report(Printable):
             },
             "weight_bytes": program.weight_bytes(),
             "state_bytes": program.state_bytes(),
+            "offload": program.offload_figures(),
             "passes": [
                 {
                     "name": r.name,

@@ -1,4 +1,4 @@
-"""The part of a report that is about caches: bits by layer, heads that are split, true bytes, the front of a search."""
+"""The part of a report that is about caches: bits by layer, heads that are split, pages that moved, true bytes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def cache_parts(program: Program) -> list[RenderableType]:
-    """What to print, nothing where no cache was packed or split."""
-    return [*_packed_parts(program), *_split_parts(program)]
+    """What to print, nothing where no cache was packed, split or offloaded."""
+    return [*_packed_parts(program), *_split_parts(program), *_offload_parts(program)]
 
 
 def _packed_parts(program: Program) -> list[RenderableType]:
@@ -64,6 +64,41 @@ def _split_figures(decision: Decision) -> tuple[int, int, int, int]:
     if decision.options.get("pack"):
         after += (int(decision.facts["packed bytes"]) - before) * whole // heads
     return whole, heads, before, after
+
+
+def _offload_parts(program: Program) -> list[RenderableType]:
+    layers = [d for d in _layers(program, "offload_cache") if d.status == "kept" and d.options["offload"]]
+    if not layers:
+        return []
+    before, after = (sum(int(d.facts[name]) for d in layers) for name in ("full bytes", "bytes at hand"))
+    options = layers[0].options
+    budget = f"{options['budget']} tokens in pages of {options['page']}, first {options['sinks']}"
+    parts: list[RenderableType] = [
+        f"offloaded cache: {len(layers)} layers, at hand {budget}, last {options['window']}, tau {options['tau']}",
+        f"  in memory {after / 1e6:.2f} MB, {after / before:.3f} of the whole cache; on disk"
+        f" {program.offloaded_bytes() / 1e6:.2f} MB",
+    ]
+    found = program.offload_figures()
+    if found["steps"]:
+        table = Table("", "since the last reset", "a step")
+        for name, form in _MOVES.items():
+            value = found[name]
+            table.add_row(name, form.format(value), "" if name in _SHARES else form.format(value / found["steps"]))
+        parts.append(table)
+    return parts
+
+
+_SHARES = ("steps", "correction_rate", "hit_rate")
+_MOVES = {
+    "steps": "{:.0f}",
+    "correction_rate": "{:.1%}",
+    "chosen": "{:.1f}",
+    "hit_rate": "{:.1%}",
+    "moved": "{:.1f}",
+    "bytes": "{:.0f}",
+    "stalled": "{:.4f} s",
+}
+"""What is counted of an offloaded cache, and how it is printed."""
 
 
 def _layers(program: Program, pass_name: str) -> list[Decision]:

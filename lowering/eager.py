@@ -5,7 +5,7 @@
 
 A functional write to a state buffer copies the whole buffer twice, once to compute it and once to store it. Where
 nobody reads the old contents afterwards the write is done in place; else the result is copied into the buffer at the
-end.
+end. Several writes may follow each other, and one may write several buffers.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 
 from ..kernels import cache_append as _cache_append  # noqa: F401 (registers the operators)
+from ..kernels import page_append as _page_append  # noqa: F401
+from ..kernels import page_recall as _page_recall  # noqa: F401
 from ..kernels import window_cache_append as _window_cache_append  # noqa: F401
 
 aten = torch.ops.aten
@@ -32,8 +34,16 @@ IN_PLACE: dict[Any, Any] = {
     aten.add.Tensor: aten.add_.Tensor,
     aten.copy.default: aten.copy_.default,
     torch.ops.graphwright.cache_append.default: torch.ops.graphwright.cache_append_.default,
+    torch.ops.graphwright.page_append.default: torch.ops.graphwright.page_append_.default,
+    torch.ops.graphwright.page_recall.default: torch.ops.graphwright.page_recall_.default,
     torch.ops.graphwright.window_cache_append.default: torch.ops.graphwright.window_cache_append_.default,
 }
+
+OVERWRITTEN: dict[Any, tuple[int, ...]] = {
+    torch.ops.graphwright.page_append.default: (0, 1, 2, 3, 4),
+    torch.ops.graphwright.page_recall.default: (0, 1, 2, 3),
+}
+"""Arguments that an operator with several results overwrites in place, result by result; else it is the first one."""
 
 
 def lower_eager(exported: ExportedProgram) -> Callable[..., tuple[Any, ...]]:
@@ -74,7 +84,7 @@ def lower_eager(exported: ExportedProgram) -> Callable[..., tuple[Any, ...]]:
         if spec.kind is not OutputKind.USER_OUTPUT and spec.target is not None and isinstance(value, Node)
     }
     order = {node: position for position, node in enumerate(exported.graph.nodes)}
-    in_place = {value: base for base, value in writes.items() if _may_be_in_place(value, base, order)}
+    in_place, lies_in = _writes_in_place(exported.graph, writes, order)
     for node in exported.graph.nodes:
         if node.op not in ("call_function", "get_attr"):
             continue
@@ -94,7 +104,7 @@ def lower_eager(exported: ExportedProgram) -> Callable[..., tuple[Any, ...]]:
         for value, spec in zip(returned, signature.output_specs, strict=True)
         if spec.kind is OutputKind.USER_OUTPUT
     ]
-    copied = {base: value for base, value in writes.items() if in_place.get(value) is not base}
+    copied = {base: value for base, value in writes.items() if value is base or lies_in.get(value) is not base}
     overwritten = {alias for base in copied for alias in _aliases(base)}
     stored_back = {base: kept(value, overwritten) for base, value in copied.items()}
     for base, value in stored_back.items():
@@ -104,12 +114,40 @@ def lower_eager(exported: ExportedProgram) -> Callable[..., tuple[Any, ...]]:
     return GraphModule(root, graph, class_name="Eager")
 
 
-def _may_be_in_place(node: Node, base: Node, order: dict[Node, int]) -> bool:
-    """Whether a write may overwrite its base: nobody reads the old contents later, nor the write itself by a view."""
-    if node.target not in IN_PLACE or node.args[0] is not base or _shape(base) != _shape(node):
+def _writes_in_place(
+    graph: Graph, writes: dict[Node, Node], order: dict[Node, int]
+) -> tuple[set[Node], dict[Node, Node]]:
+    """The calls that may overwrite what they are given, and the state buffer whose memory each result then lies in."""
+    calls: set[Node] = set()
+    lies_in = {base: base for base in writes}
+    for node in graph.nodes:
+        places = OVERWRITTEN.get(node.target)
+        if node.target not in IN_PLACE or (places is None and writes.get(node.args[0]) is not node):
+            continue
+        old = [node.args[place] for place in places or (0,)]
+        new = [node] if places is None else _results(node, len(old))
+        if all(
+            isinstance(value, Node) and value in lies_in and _may_overwrite(node, value, result, order)
+            for value, result in zip(old, new, strict=True)
+        ):
+            calls.add(node)
+            lies_in |= {result: lies_in[value] for value, result in zip(old, new, strict=True) if result is not None}  # pyright: ignore[reportArgumentType] (checked above)
+    return calls, lies_in
+
+
+def _results(node: Node, count: int) -> list[Node | None]:
+    """The results of a call that has several, None where nobody takes one."""
+    taken = {user.args[1]: user for user in node.users if user.target is operator.getitem}
+    return [taken.get(number) for number in range(count)]
+
+
+def _may_overwrite(node: Node, value: Node, result: Node | None, order: dict[Node, int]) -> bool:
+    """Whether a call may overwrite a value: nobody reads it later, nor the call itself by another argument."""
+    if result is not None and _shape(value) != _shape(result):
         return False
-    aliases = _aliases(base)
-    if any(argument in aliases for argument in (*node.args[1:], *node.kwargs.values())):
+    aliases = _aliases(value)
+    arguments = (*node.args, *node.kwargs.values())
+    if sum(isinstance(argument, Node) and argument in aliases for argument in arguments) != 1:
         return False
     return all(order[user] <= order[node] for alias in aliases for user in alias.users)
 

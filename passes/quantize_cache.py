@@ -23,9 +23,9 @@ from ..kernels import cache_append, quantized_cache_attention
 from ..kernels.contract import Spec
 from ..kernels.packed_cache import FORMS, Packing
 from ..patterns.cache import CacheSite
-from ..patterns.masks import MaskFact, analyse_mask
 from ..patterns.nodes import arguments, shape_of
 from .base import SitePass
+from .cache_mask import cache_mask
 from .edit import Edit
 
 
@@ -65,7 +65,7 @@ class QuantizeCache(SitePass[CacheSite]):
         )
         if reason is not None or site.reads == "new":
             return reason
-        fact = _mask(site, edit)
+        fact = cache_mask(site, edit)
         if fact.kind != "cache_causal" or fact.positions is not site.positions:
             return f"the mask is not causal in the positions that are written: {fact.reason or fact.kind}"
         if fact.padding is not None and not fact.starts:
@@ -103,7 +103,7 @@ class QuantizeCache(SitePass[CacheSite]):
         stores = [self._store(site, edit, *half) for half in halves]
         if site.reads == "new":
             return None
-        node, fact = site.attention, _mask(site, edit)
+        node, fact = site.attention, cache_mask(site, edit)
         scale = arguments(node)["scale"]
         padding = () if fact.padding is None else (fact.padding,)
         return edit.call(
@@ -150,12 +150,6 @@ class QuantizeCache(SitePass[CacheSite]):
         )
         edit.keep(write, store, appended)
         return appended
-
-
-def _mask(site: CacheSite, edit: Edit) -> MaskFact:
-    args = arguments(site.attention)
-    queries, keys = shape_of(args["query"])[-2], shape_of(args["key"])[-2]
-    return analyse_mask(edit.view, args["attn_mask"], queries, keys, is_causal=args["is_causal"])
 
 
 def _spec(node: Node) -> Any:

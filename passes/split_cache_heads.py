@@ -33,9 +33,10 @@ from ..kernels.contract import Spec
 from ..kernels.window_cache import slots_for
 from ..patterns.attention_forms import SDPA
 from ..patterns.cache import CacheSite
-from ..patterns.masks import MaskFact, analyse_mask
+from ..patterns.masks import MaskFact
 from ..patterns.nodes import arguments, aten, shape_of
 from .base import SitePass
+from .cache_mask import cache_mask
 from .edit import Edit
 from .quantize_cache import QuantizeCache
 
@@ -95,7 +96,7 @@ class SplitCacheHeads(SitePass[CacheSite]):
         return None
 
     def _wrong_mask(self, site: CacheSite, edit: Edit) -> str | None:
-        fact = _mask(site, edit)
+        fact = cache_mask(site, edit)
         kinds = ("cache_causal", "cache_alibi")
         if site.reads == "cache" and (fact.kind not in kinds or fact.positions is not site.positions):
             return f"the mask is not causal in the positions that are written: {fact.reason or fact.kind}"
@@ -126,7 +127,7 @@ class SplitCacheHeads(SitePass[CacheSite]):
             if (reason := window_cache_append.CONTRACT.check(store=store, new=new, **rest)) is not None:
                 return reason
         query = Spec((batch, heads // site.kv_heads * others, count, dim), args["query"].meta["val"].dtype)
-        if _mask(site, edit).slopes:
+        if cache_mask(site, edit).slopes:
             rest["slopes"] = Spec((query.shape[1],), torch.float32)
         return window_cache_attention.CONTRACT.check(
             query=query, key=stores[0], value=stores[1], new_key=news[0], new_value=news[1], **rest
@@ -165,7 +166,7 @@ class SplitCacheHeads(SitePass[CacheSite]):
 
     def _windowed(self, site: CacheSite, edit: Edit, heads: list[int], besides: bool) -> Node:
         """The attention of the other heads: to what is left of earlier tokens, and to all new ones."""
-        node, fact = site.attention, _mask(site, edit)
+        node, fact = site.attention, cache_mask(site, edit)
         padding = () if fact.padding is None else (fact.padding,)
         stores, news = [], []
         for name, buffer, _, new in _halves(site):
@@ -264,14 +265,8 @@ def _indices(edit: Edit, heads: list[int], like: Node) -> Node:
     return edit.buffer("heads." + "_".join(map(str, heads)), make)
 
 
-def _mask(site: CacheSite, edit: Edit) -> MaskFact:
-    args = arguments(site.attention)
-    queries, keys = shape_of(args["query"])[-2], shape_of(args["key"])[-2]
-    return analyse_mask(edit.view, args["attn_mask"], queries, keys, is_causal=args["is_causal"])
-
-
 def _starts(site: CacheSite, edit: Edit) -> Node | None:
-    return _mask(site, edit).padding
+    return cache_mask(site, edit).padding
 
 
 def _value(node: Any) -> Any:

@@ -28,5 +28,8 @@ BODIES: dict[str, Callable[..., Any]] = {
     "window_cache_attention": window_cache_attention_body,
     "window_lists": window_lists_body,
 }
+PAGED = ("page_append", "page_gather", "page_recall", "paged_attention", "retrieved_attention")
+"""Operators of an offloaded cache: they have no bodies."""
+PAGES_MOVE = "pages move between memory and a file while it runs; export the program without FreeKV, or save it as .gw"
 BY_REFERENCE = ("attention_lse", "band_recall", "collapsed_attention")
 """Operators whose references trace as they are."""

@@ -15,7 +15,7 @@ from ..bodies.linear import (
     int8_linear_body,
     nm_int8_linear_body,
 )
-from ..bodies.portable import BODIES, BY_REFERENCE
+from ..bodies.portable import BODIES, BY_REFERENCE, PAGED, PAGES_MOVE
 from ..bodies.rotation import ROTATE, known_width, rotate_call, rotate_first
 from ..registry import Lowering, fallback, refuse, register
 from ..traceable import traces
@@ -46,4 +46,6 @@ register(
     )
 )
 refuse("tile_mass", "aoti", "it measures for a search, and no optimized program calls it")
+for _name in PAGED:
+    refuse(_name, "aoti", PAGES_MOVE)
 fallback("aoti", _by_reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...kernels.contract import Operator
 from ..apply import REFERENCE, Body, Rewrite
 from ..bodies.linear import int4_weight_linear_body
-from ..bodies.portable import BODIES, BY_REFERENCE
+from ..bodies.portable import BODIES, BY_REFERENCE, PAGED, PAGES_MOVE
 from ..bodies.rotation import ROTATE, known_width, rotate_call
 from ..registry import Lowering, fallback, refuse, register
 from ..traceable import traces
@@ -32,4 +32,6 @@ register(Lowering("hadamard", "onnx", "MatMul by each factor", Rewrite(rotate_ca
 for _name in BY_REFERENCE:
     register(Lowering(_name, "onnx", FORMULA, REFERENCE, traces))
 refuse("tile_mass", "onnx", SEARCH)
+for _name in PAGED:
+    refuse(_name, "onnx", PAGES_MOVE)
 fallback("onnx", _by_reference)

@@ -23,7 +23,7 @@ from ...passes.edit import Edit
 from ...patterns.nodes import arguments
 from ..apply import REFERENCE, Body, Rewrite
 from ..bodies.linear import nm_sparsify_body, on_grid, rounded_tokens, scaled
-from ..bodies.portable import BODIES, BY_REFERENCE
+from ..bodies.portable import BODIES, BY_REFERENCE, PAGED, PAGES_MOVE
 from ..bodies.rotation import ROTATE, known_width, rotate, rotate_call
 from ..registry import Lowering, refuse, register
 from ..to_onnx.quantized import int4_buffer, portable_int4_weight, stored_only
@@ -94,7 +94,7 @@ REFUSED = {
     "cache_append": BYTES.format("a packed cache consists of", "the method that quantizes the cache"),
     "quantized_cache_attention": BYTES.format("a packed cache consists of", "the method that quantizes the cache"),
     "tile_mass": "it measures for a search, and no optimized program calls it",
-}
+} | dict.fromkeys(PAGED, PAGES_MOVE)
 
 
 for _name, _body in BODIES.items():
