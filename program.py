@@ -222,6 +222,12 @@ class Program:
         state = self._state()
         return figures(state[name] for name in self._offload.counts)
 
+    def offload_figures_by_layer(self) -> list[dict[str, float]]:
+        """The same of each layer whose cache is offloaded, in their order."""
+        self._offload.settle()
+        state = self._state()
+        return [figures([state[name]]) for name in self._offload.counts]
+
     def offloaded_bytes(self) -> int:
         """Bytes of pages on the disk."""
         return self._offload.bytes

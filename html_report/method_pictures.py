@@ -214,6 +214,63 @@ def bits_and_loss(program: Program) -> list[Picture]:
 
 
 @picture
+def retrieval_heads(program: Program) -> list[Picture]:
+    """RazorAttention's scores by layer and key-value head, and the heads that keep the whole cache."""
+    found = program.profile.measured.get("razor")
+    if not found:
+        return []
+    shown = [(f"Retrieval heads: {name}", found.get(name), unit) for name, unit in _SCORES.items()]
+    kept = [set(heads) for heads in found["kept"]]
+    heads = max((len(row) for _, rows, _ in shown for row in rows or ()), default=0)
+    if heads:
+        whole = [["whole" if head in layer else "window" for head in range(heads)] for layer in kept]
+        shown.append(("Heads that keep the whole cache", whole, ""))
+    return [
+        Picture(
+            title,
+            "heatmap",
+            {
+                "rows": [f"layer {layer}" for layer in range(len(rows))],
+                "columns": [f"head {head}" for head in range(heads)],
+                "values": rows,
+                "unit": unit,
+            },
+            "Columns are key-value heads.",
+        )
+        for title, rows, unit in shown
+        if rows
+    ]
+
+
+_SCORES = {
+    "induction": "attention to what followed an earlier copy of the token",
+    "echo": "attention to an earlier copy of the token",
+    "reach": "tokens that a head sees back, by its slope",
+}
+
+
+@picture
+def hits_and_stalls(program: Program) -> list[Picture]:
+    """Where FreeKV found the pages that it chose, and how long each layer waited, since the last reset."""
+    layers = program.offload_figures_by_layer()
+    if not layers or not layers[0]["steps"]:
+        return []
+    labels = [str(number) for number in range(len(layers))]
+    made = []
+    for title, unit, values in (
+        ("Pages at hand by layer", "share of the chosen pages", [layer["hit_rate"] for layer in layers]),
+        (
+            "Time stalled by layer",
+            "milliseconds a token",
+            [1e3 * layer["stalled"] / layer["steps"] for layer in layers],
+        ),
+    ):
+        data = {"labels": labels, "unit": unit, "series": [{"name": "since the last reset", "values": values}]}
+        made.append(Picture(title, "bars", data, "Columns are the layers whose cache is offloaded."))
+    return made
+
+
+@picture
 def channels_and_rotation(program: Program) -> list[Picture]:
     """How large the channels of a residual stream are before and after its rotation."""
     pictures = []

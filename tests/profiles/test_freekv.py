@@ -9,6 +9,7 @@ import torch
 
 import graphwright as gw
 from graphwright.errors import InvalidArgument, UnsupportedLowering
+from graphwright.html_report.method_pictures import hits_and_stalls
 from tests.models import Mlp, captured_llama, tokens
 from tests.new_process import assert_replays
 from tests.offloaded import canonical, captured, decoded, freekv
@@ -60,6 +61,18 @@ def test_the_report_says_what_moved():
     assert found["hit"] <= found["chosen"]
     assert found["bytes"] == found["moved"] * 4 * 2 * 16 * 4
     assert freekv(offload=False).offload_figures() == canonical().offload_figures() == {}
+
+
+def test_the_page_shows_hits_and_stalls_by_layer():
+    program = freekv(tau=0.0)
+    program.reset()
+    assert hits_and_stalls(program) == hits_and_stalls(canonical()) == []
+    decoded(program)
+    hits, stalls = (picture.data["series"][0]["values"] for picture in hits_and_stalls(program))
+    assert len(hits) == len(stalls) == 2
+    found = program.offload_figures()
+    assert sum(stalls) / 1e3 * found["steps"] == pytest.approx(found["stalled"])
+    assert min(hits) <= found["hit_rate"] <= max(hits)
 
 
 def test_wrong_options_are_named():

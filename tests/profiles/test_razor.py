@@ -9,6 +9,7 @@ import torch
 
 import graphwright as gw
 from graphwright.errors import InvalidArgument, StaleProfile
+from graphwright.html_report.method_pictures import retrieval_heads
 from graphwright.profiles.decode_loss import decoded_logits
 from graphwright.profiles.razor import choose_heads
 from graphwright.profiles.retrieval_heads import HeadScores
@@ -57,6 +58,15 @@ def test_heads_are_scored_kept_and_recorded(razored: gw.Program):
     for phase in ("decode", "prefill", "extend"):
         assert [d.options["keep"] for d in razored.decisions if d.phase == phase] == record["kept"]
     assert {(d.options["sinks"], d.options["window"]) for d in razored.decisions} == {(2, 6)}
+
+
+def test_the_page_has_a_map_of_retrieval_heads(razored: gw.Program):
+    found = {each.title: each.data for each in retrieval_heads(razored)}
+    kept = found["Heads that keep the whole cache"]["values"]
+    for layer, heads in enumerate(razored.profile.measured["razor"]["kept"]):
+        assert [head for head, state in enumerate(kept[layer]) if state == "whole"] == heads
+    assert found["Retrieval heads: induction"]["values"] == razored.profile.measured["razor"]["induction"]
+    assert retrieval_heads(gw.optimize(captured_llama(), progress=False)) == []
 
 
 def logits(program: gw.Program) -> torch.Tensor:
