@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import graphwright as gw
-from graphwright.benchmarks.passkey import Hidden, answered, hide, shares
+from graphwright.benchmarks.passkey import Hidden, answered, asked_before, hide, shares
 from graphwright.benchmarks.timing import interleaved, one_thread
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
 from graphwright.examples.perplexity import read_text, token_windows
@@ -114,22 +114,27 @@ def quality(study: Study, texts: int) -> None:
         print(f"quality | {name} | perplexity {math.exp(loss):.4f} | {share:+.3%}", flush=True)
 
 
-def passkey(study: Study, draws: int) -> None:
-    """Numbers found in texts that fill the cache."""
+def passkey(study: Study, draws: int, ask: str) -> None:
+    """Numbers found in texts that fill the cache: asked for "after" the text was read, or "before" it ends.
+
+    A prefill attends to everything, so with the question in it, as in the paper's tasks, only the answer is retrieved.
+    """
     tokenizer, prose = load_tokenizer(), read_text("evaluation")
     texts: list[Hidden] = [t for seed in range(draws) for t in hide(tokenizer, prose, study.length, DEPTHS, seed)]
+    before = ask == "before"
+    texts = [asked_before(text) for text in texts] if before else texts
     programs = {name: study.program(tau=tau, offload=False) for name, tau in TAUS.items()}
     right: dict[str, list[list[bool]]] = {name: [] for name in ("full cache", *programs)}
     for text in texts:
         read(study.canonical, text.text)
         full = {name: tensor.clone() for name, tensor in study.canonical._state().items()}
-        right["full cache"].append(answered(study.canonical, text))
+        right["full cache"].append(answered(study.canonical, text, by_token=before))
         for name, program in programs.items():
             program.reset()  # a prefill attends to everything, so the text is read once for all
             for buffer, tensor in program._state().items():
                 if buffer in full:
                     tensor.copy_(full[buffer])
-            right[name].append(answered(program, text))
+            right[name].append(answered(program, text, by_token=before))
     for name, each in right.items():
         numbers, digits = shares(each)
         print(f"passkey | {name} | {numbers:.0%} of {len(texts)} numbers | {digits:.0%} of digits", flush=True)
@@ -286,6 +291,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=48, help="tokens that are decoded")
     parser.add_argument("--texts", type=int, default=1, help="windows for the perplexity")
     parser.add_argument("--draws", type=int, default=1, help="texts of each of the depths 0 to 1")
+    parser.add_argument("--ask", choices=["before", "after"], default="after", help="for the hidden number")
     parser.add_argument("--bandwidth", type=float, default=100, help="of the slow memory, MB/s; 0 leaves it as it is")
     options = parser.parse_args()
     with one_thread(), torch.no_grad():
@@ -300,7 +306,7 @@ def main() -> None:
             if options.part == "exact":
                 exact(study, options.steps)
             elif options.part == "passkey":
-                passkey(study, options.draws)
+                passkey(study, options.draws, options.ask)
             elif options.part == "blocking":
                 blocking(study, options.steps, options.bandwidth)
             else:

@@ -65,17 +65,28 @@ def hide(tokenizer: Any, prose: str, length: int, depths: Sequence[float], seed:
         yield Hidden(depth, torch.tensor([text]), torch.tensor([question]), torch.tensor(answer))
 
 
+def asked_before(hidden: Hidden, left: int = 2) -> Hidden:
+    """The same with the question in the text that is read first, but for its last tokens."""
+    cut = hidden.question.shape[1] - left
+    text = torch.cat((hidden.text, hidden.question[:, :cut]), 1)
+    return hidden._replace(text=text, question=hidden.question[:, cut:])
+
+
 def read(program: gw.Program, hidden: Hidden) -> None:
     """Fill a program's cache with a text."""
     program.reset()
     program(hidden.text, torch.arange(hidden.text.shape[1]))
 
 
-def answered(program: gw.Program, hidden: Hidden) -> list[bool]:
-    """Which digits of the number a program that has read the text writes where they belong, greedily."""
+def answered(program: gw.Program, hidden: Hidden, *, by_token: bool = False) -> list[bool]:
+    """Which digits of the number a program that has read the text writes where they belong, greedily.
+
+    The question is read at once, or, `by_token`, as if it were generated.
+    """
     position = hidden.text.shape[1]
-    logits = program(hidden.question, torch.arange(position, position + hidden.question.shape[1]))
-    position += hidden.question.shape[1]
+    for piece in hidden.question.split(1 if by_token else hidden.question.shape[1], 1):
+        logits = program(piece, torch.arange(position, position + piece.shape[1]))
+        position += piece.shape[1]
     right = []
     for wanted in hidden.answer:
         token = logits[:, -1].argmax(-1, keepdim=True)

@@ -27,6 +27,21 @@ from .undo import Snapshot
 
 
 @dataclass
+class Stage:
+    """A run of changes by one pass.
+
+    Attributes:
+        label: The pass.
+        before: The graph before it.
+        seconds: How long its rewrites took.
+    """
+
+    label: str
+    before: Snapshot
+    seconds: float = 0.0
+
+
+@dataclass
 class Rewriting:
     """Decisions applied to one phase, not yet final.
 
@@ -35,20 +50,23 @@ class Rewriting:
         changes: Site id -> what was done there.
         failed: Site id -> why the site was left as it was.
         pairs: Site id -> (original node, its replacement), for every value that was replaced.
-        before: The graph before, for the record.
-        seconds: How long rewriting took, and verifying.
+        stages: The passes in the order in which they ran, one that ran again a second time.
+        verify_seconds: How long verifying took.
+        taken_back: Whether a change was undone.
     """
 
     edit: Edit
     changes: dict[str, Change]
     failed: dict[str, str]
     pairs: dict[str, list[tuple[Node, Node]]]
-    before: Snapshot
-    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    stages: list[Stage] = field(default_factory=list)
+    verify_seconds: float = 0.0
+    taken_back: bool = False
 
     def rollback(self, site: str) -> None:
         """Restore one site."""
         self.changes.pop(site).undo()
+        self.taken_back = True
 
     def commit(self) -> int:
         """Drop what has become dead and verify the result.
@@ -63,11 +81,13 @@ class Rewriting:
         dropped = self.edit.finish()
         names = sorted({change.label for change in self.changes.values()}) or ["no rewrite"]
         verify(self.edit.exported, "optimized", ", ".join(names), self.edit.touched)
-        self.seconds[1] = time.perf_counter() - started
+        self.verify_seconds = time.perf_counter() - started
         return dropped
 
     def records(self, phase: str) -> list[PassRecord]:
-        """What was done, after it was committed, as one record: the sites are rewritten in one go. None if nothing was.
+        """What was done, after it was committed: a record a pass. None if nothing was.
+
+        Passes that took turns, and sites that were taken back among others, have one record together.
 
         Args:
             phase: The phase's name.
@@ -75,10 +95,24 @@ class Rewriting:
         if not self.changes:
             return []
         count = Counter(change.label for change in self.changes.values())
-        graph, undo = self.edit.exported.graph, self.before.undo(self.edit.exported)
-        nodes, name = (self.before.nodes, len(graph.nodes)), " + ".join(count)
-        seconds, check = self.seconds
-        return [PassRecord(name, phase, count.total(), *nodes, seconds=seconds, verify_seconds=check, undo=undo)]
+        stages = self.stages
+        if self.taken_back or len(stages) != len(count):
+            stages = [Stage(" + ".join(count), stages[0].before, sum(stage.seconds for stage in stages))]
+            count = Counter({stages[0].label: count.total()})
+        ends = [*(stage.before for stage in stages[1:]), Snapshot(self.edit.exported)]
+        return [
+            PassRecord(
+                stage.label,
+                phase,
+                count[stage.label],
+                stage.before.nodes,
+                end.nodes,
+                seconds=stage.seconds,
+                verify_seconds=self.verify_seconds if stage is stages[-1] else 0.0,
+                undo=stage.before.undo(end),
+            )
+            for stage, end in zip(stages, ends, strict=True)
+        ]
 
 
 def apply_decisions(
@@ -105,10 +139,9 @@ def apply_decisions(
     Raises:
         InvalidArgument: A decision names an unknown pass or option.
     """
-    started = time.perf_counter()
     edit = Edit(exported, shared)
     edit.shadow = shadow
-    rewriting = Rewriting(edit, {}, {}, {}, Snapshot(exported))
+    rewriting = Rewriting(edit, {}, {}, {})
     wanted = _of_phase(decisions, phase)
     families = {decision.site.rsplit("/", 1)[-1].partition("[")[0] for decision in wanted}
     sites = {site.id: site for site in find_sites(edit.view, phase, families).all}
@@ -123,6 +156,9 @@ def apply_decisions(
             rewriting.failed[decision.site] = reason
             continue
         edit.provenance = {"pass": step.name, "method": decision.method, "site": decision.site}
+        stages = rewriting.stages
+        stage = stages[-1] if stages and stages[-1].label == step.name else Stage(step.name, _now(rewriting))
+        started = time.perf_counter()
         try:
             with edit.transaction(step.name) as change:
                 step.rewrite(site, edit)
@@ -132,11 +168,18 @@ def apply_decisions(
                 f"{step.name} raised {name}{str(error).splitlines()[0] if str(error) else ''}"
             )
             continue
+        stage.seconds += time.perf_counter() - started
+        if not stages or stage is not stages[-1]:
+            stages.append(stage)
         rewriting.changes[decision.site] = change
         rewriting.pairs[decision.site] = [(old, new) for old, new, _ in change.redirected]
     edit.provenance = {}
-    rewriting.seconds[0] = time.perf_counter() - started
     return rewriting
+
+
+def _now(rewriting: Rewriting) -> Snapshot:
+    """The graph as it would be if the rewriting ended here."""
+    return Snapshot(rewriting.edit.exported, live=bool(rewriting.stages))
 
 
 def agree_on_state(rewritings: Mapping[str, Rewriting], decisions: Iterable[Decision]) -> None:

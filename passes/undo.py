@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from ..patterns.graph import GraphView
 from ..patterns.rows import Row, has_row, row_of
@@ -28,37 +28,42 @@ class Snapshot:
 
     Args:
         exported: The program; what changes it later leaves the snapshot as it is.
+        live: Leave out what no output needs: an edit that is still open has the nodes that it replaced, too.
 
     Attributes:
         nodes: How many nodes it has, weights included.
     """
 
-    def __init__(self, exported: ExportedProgram) -> None:
-        self.nodes = len(exported.graph.nodes)
+    def __init__(self, exported: ExportedProgram, *, live: bool = False) -> None:
+        nodes = _needed(exported.graph) if live else list(exported.graph.nodes)
+        self.nodes = len(nodes)
         self._view = GraphView(exported)
         self._seen: dict[str, tuple[Node, Any, Any, Any]] = {
             node.name: (node, node.args, node.kwargs, node.meta.get("val"))
-            for node in exported.graph.nodes
+            for node in nodes
             if has_row(self._view, node)
         }
 
-    def undo(self, exported: ExportedProgram) -> Undo:
-        """The way from a program, as it is after a pass, back to this snapshot."""
-        view = GraphView(exported)
-        now = {node.name: node for node in exported.graph.nodes if has_row(view, node)}
+    def undo(self, later: ExportedProgram | Snapshot) -> Undo:
+        """The way from a program, as it is or was after a pass, back to this snapshot."""
+        after = later if isinstance(later, Snapshot) else Snapshot(later)
         changed: dict[str, Row] = {}
         removed: list[list[Any]] = []
         previous = ""
-        for name, (node, args, kwargs, value) in self._seen.items():
-            there = now.get(name)
+        for name, seen in self._seen.items():
+            there = after._seen.get(name)
             if there is None:
-                removed.append([previous, name, self._row(node, args, kwargs, value)])
-            elif not _same(there, node, args, kwargs, value):
-                old, new = self._row(node, args, kwargs, value), row_of(view, there)
+                removed.append([previous, name, self._row(*seen)])
+            elif any(now is not then for now, then in zip(there, seen, strict=True)):
+                old, new = self._row(*seen), after._row(*there)
                 if fields := {field: old[field] for field in _COMPARED if old[field] != new[field]}:
                     changed[name] = fields
             previous = name
-        return {"added": [name for name in now if name not in self._seen], "removed": removed, "changed": changed}
+        return {
+            "added": [name for name in after._seen if name not in self._seen],
+            "removed": removed,
+            "changed": changed,
+        }
 
     def _row(self, node: Node, args: Any, kwargs: Any, value: Any) -> Row:
         row = row_of(self._view, node, args, kwargs, value)
@@ -66,9 +71,16 @@ class Snapshot:
         return row
 
 
-def _same(there: Node, node: Node, args: Any, kwargs: Any, value: Any) -> bool:
-    """Whether nobody touched a node: quick, and enough for most of a graph."""
-    return there is node and there.args is args and there.kwargs is kwargs and there.meta.get("val") is value
+def _needed(graph: Graph) -> list[Node]:
+    """The inputs, and what outputs are made of, in graph order."""
+    found = {node for node in graph.nodes if node.op == "output" or (node.op == "placeholder" and not node.users)}
+    open_ends = list(found)
+    while open_ends:
+        for node in open_ends.pop().all_input_nodes:
+            if node not in found:
+                found.add(node)
+                open_ends.append(node)
+    return [node for node in graph.nodes if node in found]
 
 
 def step_back(rows: dict[str, Row], undo: Undo) -> dict[str, Row]:

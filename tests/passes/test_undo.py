@@ -8,6 +8,7 @@ import torch
 import graphwright as gw
 from graphwright.passes.canonicalize import canonicalize
 from graphwright.passes.copy_exported import copy_exported
+from graphwright.passes.rewrite import apply_decisions
 from graphwright.passes.undo import Snapshot, check_undo, step_back
 from graphwright.patterns.rows import rows_of
 from tests.models import Mlp, captured_llama, tokens
@@ -83,3 +84,34 @@ def test_a_pass_that_moves_what_a_removed_row_stood_behind_loses_no_row():
     names = list(rows)
     forged = {"added": [names[1]], "removed": [["nowhere", "late", rows[names[1]]]], "changed": {}}
     assert list(step_back(rows, forged)) == [names[0], *names[2:], "late"]
+
+
+def test_each_of_several_passes_over_sites_has_a_record():
+    razor = gw.RazorAttention(window=6, ratio=8, sinks=2, induction=0.25)
+    made = gw.optimize(
+        captured_llama(), methods=[gw.Int8(), razor], calibration=[tokens(16)], keep="smaller", progress=False
+    )
+    plain = rows_of(gw.optimize(captured_llama(), progress=False).phases["decode"].exported)
+    records = [r for r in made.history.passes if r.phase == "decode" and r.undo is not None]
+    names = [record.name for record in records]
+    assert names[-3:] == ["quantize_linear", "split_cache_heads", "stack_linears"]
+    assert [record.nodes_after for record in records[:-1]] == [record.nodes_before for record in records[1:]]
+    rows = rows_of(made.phases["decode"].exported)
+    for record, there in zip(reversed(records[-3:]), (None, "window_cache_attention", "int8_linear"), strict=True):
+        assert there is None or any(there in row["target"] for row in rows.values())
+        rows = step_back(rows, record.undo)
+        assert all(source in rows for row in rows.values() for source in row["inputs"])
+        assert there is None or not any(there in row["target"] for row in rows.values())
+    assert rows.keys() == plain.keys()
+
+
+def test_passes_that_take_turns_have_one_record(program):
+    exported = copy_exported(gw.optimize(captured_llama(), progress=False).phases["decode"].exported)
+    kept = [d for d in program.decisions if d.phase == "decode" and d.status == "kept"]
+    sparse = {"pass_name": "sparsify_activations", "options": {"n": 2, "m": 4}}
+    turns = [decision.model_copy(update=sparse if number % 2 else {}) for number, decision in enumerate(kept)]
+    rewriting = apply_decisions(exported, "decode", turns)
+    rewriting.commit()
+    assert not rewriting.failed
+    (record,) = rewriting.records("decode")
+    assert (record.name, record.changed) == ("quantize_linear + sparsify_activations", len(kept))
