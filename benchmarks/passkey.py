@@ -83,10 +83,13 @@ def answered(program: gw.Program, hidden: Hidden, *, by_token: bool = False) -> 
 
     The question is read at once, or, `by_token`, as if it were generated.
     """
+    pieces = hidden.question.split(1 if by_token else hidden.question.shape[1], 1)
     position = hidden.text.shape[1]
-    for piece in hidden.question.split(1 if by_token else hidden.question.shape[1], 1):
-        logits = program(piece, torch.arange(position, position + piece.shape[1]))
+    for piece in pieces[:-1]:
+        program(piece, torch.arange(position, position + piece.shape[1]))
         position += piece.shape[1]
+    logits = program(pieces[-1], torch.arange(position, position + pieces[-1].shape[1]))
+    position += pieces[-1].shape[1]
     right = []
     for wanted in hidden.answer:
         token = logits[:, -1].argmax(-1, keepdim=True)
