@@ -1,8 +1,8 @@
-"""SmolLM2-135M in ONNX Runtime: errors, tokens, perplexity and times of what `Program.export` writes.
+"""SmolLM2-135M and the small Wan in ONNX Runtime: errors, tokens, perplexity and times of what `Program.export` writes.
 
 Canonical programs are timed against a plain `torch.onnx.export(dynamo=True)` of the same model, int8 ones against the
 canonical one in the same runtime; one thread, in turn, minima. The plain export has no cache, so only prefill is
-compared.
+compared. The Wan's videos are sampled twice, by PyTorch and by ONNX Runtime, from the same noise.
 
     python benchmarks/onnx_export.py --layers 2
 """
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 import graphwright as gw
 from graphwright.benchmarks.timing import interleaved, one_thread
 from graphwright.examples.load_smollm2 import load_smollm2, load_tokenizer
+from graphwright.examples.load_tiny_wan import load_prompts, load_tiny_wan
 from graphwright.examples.perplexity import perplexity, read_text, token_windows
+from graphwright.examples.sample_video import noise_levels, sample
 from graphwright.lowering.to_onnx.session import OrtSession
+from graphwright.quality import psnr
 
 LENGTH = 512
 PROMPT = "The most important thing to know about the history of the printing press is that"
@@ -86,10 +89,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="use only this many of the first layers")
     parser.add_argument("--windows", type=int, default=4, help="windows of 512 tokens for the perplexity")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each timing")
-    parser.add_argument("--only", choices=("canonical", "int8", "W4A16"), help="one of the three; fp32 is always there")
+    parser.add_argument("--only", choices=("canonical", "int8", "W4A16", "wan"), help="one of the four")
+    parser.add_argument("--steps", type=int, default=30, help="denoising steps of the Wan's videos")
     options = parser.parse_args()
     with one_thread(), tempfile.TemporaryDirectory() as folder:
-        _measure(options, Path(folder))
+        if options.only != "wan":
+            _measure(options, Path(folder))
+        if options.only in (None, "wan"):
+            _measure_wan(options.steps, Path(folder))
 
 
 def _measure(options: argparse.Namespace, folder: Path) -> None:
@@ -141,6 +148,30 @@ def _measure_canonical(
         rounds,
     )
     print("prefill of 512:", {name: f"{seconds:.3f} s" for name, seconds in times.items()}, flush=True)
+
+
+def _measure_wan(steps: int, folder: Path) -> None:
+    """Whole samplings of the whole model, 8 frames of 64 x 64 pixels, 2048 tokens."""
+    prompt = load_prompts()["bikes"]
+    inputs = {
+        "hidden_states": torch.zeros(1, 12, 8, 32, 32),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": prompt,
+    }
+    captured = gw.capture_denoiser(load_tiny_wan(), inputs, timesteps=1000 * noise_levels(steps)[:-1])
+
+    def video(denoise: Any) -> Tensor:
+        return sample(denoise, prompt, frames=8, height=64, width=64, steps=steps, seed=1)
+
+    for method in (gw.RainFusion(), gw.CompactAttention()):
+        program = gw.optimize(captured, methods=[method], calibration=[video], keep="smaller", progress=False)
+        opened = export(program, folder, method.name, "portable")
+        wanted = video(program.as_module())
+        found = video(lambda opened=opened, **given: (opened(**{name: given[name] for name in opened.inputs}),))
+        error = float((found - wanted).norm() / wanted.norm())
+        print(
+            f"{method.name}: {steps} steps, PSNR {psnr(found, wanted):.1f} dB, relative error {error:.1e}", flush=True
+        )
 
 
 def export(program: gw.Program, folder: Path, name: str, ops: str) -> Any:

@@ -166,6 +166,16 @@ def test_a_file_that_fails_is_an_error_with_what_was_generated():
     assert torch.equal(program.generate(prompt, 30), whole)
 
 
+@pytest.fixture
+def one_thread():
+    """A fork has none of the threads that PyTorch started, and would wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_fork_gets_a_file_of_its_own_by_a_reset():
     program = made()
     expected = decoded(program)

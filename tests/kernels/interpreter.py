@@ -60,4 +60,6 @@ def _run(sent: str, answered: str) -> None:
 
 
 if __name__ == "__main__":
+    # Functions of other tests are found, behind everything that is installed.
+    sys.path.append(str(Path(__file__).parents[2]))
     _run(*sys.argv[1:])
