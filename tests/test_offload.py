@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ import torch
 
 import graphwright as gw
 from graphwright.errors import InvalidArgument, MissingKernel, OffloadError
+from tests.full_disk import files_of_at_most
 from tests.models import tokens
 from tests.offloaded import SMALL, captured, decoded, freekv
 
@@ -23,17 +21,6 @@ from tests.offloaded import SMALL, captured, decoded, freekv
 def made() -> gw.Program:
     """A program that no other test has."""
     return gw.optimize(captured(), methods=[gw.FreeKV(tau=0.0, **SMALL)], progress=False)
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A limit of the system on the size of files: what lies beyond fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def handles(expected: int | None = None) -> int:

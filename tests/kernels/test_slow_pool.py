@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -18,6 +15,7 @@ import torch
 from graphwright.errors import InvalidArgument, OffloadError
 from graphwright.kernels.page_tables import Plan
 from graphwright.kernels.slow_pool import FilePool, TensorPool, open_pools, pool_of
+from tests.full_disk import files_of_at_most
 from tests.kernels.paged_decoding import Decoding, text
 
 SHAPE = (2, 40, 3, 2, 4, 8)
@@ -25,17 +23,6 @@ SHAPE = (2, 40, 3, 2, 4, 8)
 
 def pools(**options) -> list[FilePool]:
     return open_pools([SHAPE, (2, 40, 1, 2, 4, 16)], [torch.float32, torch.float16], **options)
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A limit of the system on the size of files: what lies beyond fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def decode(decoding: Decoding, low: int, high: int) -> torch.Tensor:
